@@ -1,0 +1,43 @@
+# Two commands: `make train` and `make test`. Each sets up .venv by itself and skips what is done.
+#   NP=2  ranks of `make train`        TORCH='torch==X.Y.Z'  another torch        PYTHON=python3.12  another Python
+SHELL := /bin/bash
+VENV ?= $(CURDIR)/.venv
+PY := $(VENV)/bin/python
+NP ?= 2
+PYTEST := env PATH="$(VENV)/bin:$$PATH" $(PY) -m pytest
+export VENV
+
+.PHONY: help setup train test test-full test-slurm lint bench convergence clean distclean
+help:
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*##/\t/' | expand -t 14
+
+setup: ## torch, MPI, Horovod, mpi4py and this package in .venv
+	@scripts/setup_env.sh
+
+train: setup ## train dense and DEF on two Horovod ranks, compare accuracy, traffic and time
+	@env PATH="$(VENV)/bin:$$PATH" $(PY) examples/compare.py --ranks $(NP)
+
+test: setup lint ## everything quick: lint, unit tests, real jobs of 1, 2, 3, 4 and 8 ranks
+	@$(PYTEST) -q -m "not full" tests
+
+test-full: setup lint ## also the slow ones
+	@$(PYTEST) -q tests
+
+test-slurm: setup ## a real one-node SLURM on this machine: install, start, submit, check, stop (root)
+	@scripts/slurm_cluster.sh test
+
+lint: setup ## ruff and mypy
+	@$(VENV)/bin/ruff check . && $(VENV)/bin/mypy
+
+bench: setup ## step times on a virtual cluster with rate-limited links (root)
+	@env PATH="$(VENV)/bin:$$PATH" $(PY) benchmarks/run.py
+
+convergence: setup ## the convergence table of docs/convergence.md
+	@env PATH="$(VENV)/bin:$$PATH" $(PY) benchmarks/convergence.py
+
+clean: ## remove what building, testing and training left
+	rm -rf build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache runs
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+distclean: clean ## also .venv (the built Horovod stays in the cache)
+	rm -rf $(VENV)

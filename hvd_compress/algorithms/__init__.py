@@ -1,0 +1,8 @@
+"""What is remembered, and where the model stands: one file per paper."""
+
+from hvd_compress.algorithms.base import Algorithm
+from hvd_compress.algorithms.dense import Dense
+from hvd_compress.algorithms.detached import DEF
+from hvd_compress.algorithms.error_feedback import EF
+
+__all__ = ["Algorithm", "DEF", "Dense", "EF"]

@@ -1,0 +1,162 @@
+"""What an algorithm is: what is remembered between steps, and where the model stands.
+
+An algorithm object is a frozen description. ``attach`` makes its living part for one bucket: a
+``GradientState`` if gradients are exchanged (in ``synchronize()``), an ``UpdateState`` if what the wrapped
+optimizer subtracted is exchanged (in ``step()``).
+"""
+
+from __future__ import annotations
+
+import abc
+from typing import Any, ClassVar, Mapping, NamedTuple, Optional, Sequence, Union
+
+import torch
+from torch import Tensor
+
+from hvd_compress.buckets import Bucket, Mirror
+from hvd_compress.collectives import Link
+from hvd_compress.compressors import Compressor
+from hvd_compress.exchange import Reduction
+from hvd_compress.telemetry import Recorder
+
+
+class Context(NamedTuple):
+    """What the optimizer lends to the state of a bucket."""
+
+    link: Link
+    reduction: Reduction
+    recorder: Recorder
+
+
+class Rate(NamedTuple):
+    """What turns a gradient into an update at this step.
+
+    Attributes:
+        lr: learning rate of the bucket's parameter group.
+        scale_free: True if the wrapped optimizer's update does not grow with the gradient (Adam): then a
+            residual in gradient units needs no rescaling when ``lr`` changes.
+        loss_scale: what the gradients have been multiplied with (GradScaler), else 1.
+    """
+
+    lr: float
+    scale_free: bool = False
+    loss_scale: float = 1.0
+
+
+class BucketState(abc.ABC):
+    """The living part of an algorithm for one bucket."""
+
+    bucket: Bucket
+
+    @abc.abstractmethod
+    def buffers(self) -> dict[str, Mirror]:
+        """Vectors that must survive a checkpoint, by name; "residual" and "shared" have their meaning."""
+
+    def scalars(self) -> dict[str, Any]:
+        """Numbers that must survive a checkpoint."""
+        return {}
+
+    def load_scalars(self, saved: Mapping[str, Any]) -> None:  # noqa: B027
+        """Take back what ``scalars`` gave."""
+
+    def residual(self) -> Optional[Tensor]:
+        """What this rank holds back (flat), or None; in the algorithm's own units."""
+        return None
+
+
+class GradientState(BucketState):
+    """Exchanges gradients. ``start`` may run during backward, ``finish`` in ``synchronize()``."""
+
+    out: Mirror
+
+    @abc.abstractmethod
+    def start(self, step: int, gradients: Sequence[Optional[Tensor]], rate: Rate) -> None:
+        """Compensate, encode, launch; a missing gradient counts as zeros."""
+
+    @abc.abstractmethod
+    def finish(self) -> None:
+        """Wait and leave the aggregate in ``out``."""
+
+    def owed_update(self, lr: float) -> Optional[Tensor]:
+        """What this rank holds back, as the update it will become (new tensor, flat), or None."""
+        return None
+
+    def forgive(self) -> None:
+        """Forget what is held back (it has been applied by other means)."""
+
+
+class UpdateState(BucketState):
+    """Exchanges updates: the parameters hold this rank's own point, ``shared`` the common model."""
+
+    shared: Mirror
+    local: Mirror
+
+    @abc.abstractmethod
+    def anchor(self) -> None:
+        """Take the parameters as they are for the shared model."""
+
+    @abc.abstractmethod
+    def start(self, step: int, lr: float) -> None:
+        """The wrapped optimizer has stepped: compensate, encode, launch."""
+
+    @abc.abstractmethod
+    def finish(self) -> None:
+        """Wait, move the shared model, place the parameters for the next forward pass."""
+
+    @abc.abstractmethod
+    def place(self) -> None:
+        """Write this rank's own point into the parameters."""
+
+    def resume(self, parameters: Tensor, known: bool) -> None:
+        """The buffers have been restored; decide where the model stands.
+
+        Args:
+            parameters: the flat parameters as the user left them.
+            known: whether ``shared`` was restored too. Parameters that are neither the restored shared
+                model nor this rank's own point are a model of the user's choice, and become the shared one.
+        """
+        if known:
+            self.place()
+            shared = self.shared.flat.to(parameters.dtype)
+            if torch.equal(parameters, self.local.flat) or torch.equal(parameters, shared):
+                return
+            self.local.flat.copy_(parameters)
+        self.anchor()
+
+
+State = Union[GradientState, UpdateState]
+
+
+class Algorithm(abc.ABC):
+    """Base of all algorithms: frozen dataclasses, validated when built.
+
+    Attributes:
+        exchanges_updates: False: gradients are exchanged before the wrapped optimizer steps; True: the
+            wrapped optimizer steps first, locally, and what it subtracted is exchanged.
+    """
+
+    exchanges_updates: ClassVar[bool] = False
+
+    @abc.abstractmethod
+    def attach(self, bucket: Bucket, context: Context) -> State:
+        """The state of this algorithm for ``bucket``; allocates all its buffers."""
+
+
+def require_compressor(owner: str, value: object) -> Compressor:
+    """Raise ValueError unless ``value`` is a compressor."""
+    if not isinstance(value, Compressor):
+        raise ValueError(
+            f"{owner}: compressor={value!r} is not allowed; it must be a compressor object such as "
+            "hvd_compress.RandomBlock(density=1/64)"
+        )
+    return value
+
+
+def require_summable(owner: str, value: object) -> Compressor:
+    """Raise ValueError unless ``value`` is a compressor whose payloads may be added."""
+    compressor = require_compressor(owner, value)
+    if not compressor.summable:
+        raise ValueError(
+            f"{owner}: compressor={value!r} is not allowed; its payloads cannot be summed by an allreduce"
+        )
+    return compressor

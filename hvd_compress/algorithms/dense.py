@@ -1,0 +1,87 @@
+"""Plain data-parallel training through our own pipeline: the baseline everything is compared with."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Optional, Sequence
+
+import torch
+from torch import Tensor
+
+from hvd_compress.algorithms.base import Algorithm, Context, GradientState, Rate
+from hvd_compress.buckets import Bucket, Mirror
+from hvd_compress.collectives import Average, Pending
+from hvd_compress.compressors import Cast, Compressor, Identity
+
+
+@dataclass(frozen=True)
+class Dense(Algorithm):
+    """Average gradients in contiguous buckets, nothing compressed, nothing remembered.
+
+    Args:
+        wire: ``Identity()``, or ``Cast(torch.float16)`` for what Horovod calls ``Compression.fp16``.
+
+    Raises:
+        ValueError: if ``wire`` is another compressor: it would lose what it does not send.
+    """
+
+    wire: Compressor = field(default_factory=Identity)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.wire, (Identity, Cast)):
+            raise ValueError(
+                f"Dense: wire={self.wire!r} is not allowed; it must be Identity() or Cast(...). "
+                "Lossy compressors need error feedback: use EF(...) or DEF(...)"
+            )
+
+    def attach(self, bucket: Bucket, context: Context) -> GradientState:
+        return _DenseState(self, bucket, context)
+
+
+class _DenseState(GradientState):
+    """Gradients are copied into (or already live in) ``out``, which is reduced in place."""
+
+    def __init__(self, config: Dense, bucket: Bucket, context: Context) -> None:
+        self.bucket, self._context = bucket, context
+        self.out = bucket.mirror(bucket.dtype)
+        # Horovod cannot sum bfloat16; other dtypes travel as they are unless a Cast narrows them.
+        wire_dtype = torch.float32 if bucket.dtype == torch.bfloat16 else bucket.dtype
+        if isinstance(config.wire, Cast) and config.wire.dtype.itemsize < wire_dtype.itemsize:
+            wire_dtype = config.wire.dtype
+        self._wire = self.out.flat if wire_dtype == bucket.dtype else torch.zeros_like(self.out.flat, dtype=wire_dtype)
+        self._pending = Pending(None)
+
+    def buffers(self) -> dict[str, Mirror]:
+        return {}
+
+    def start(self, step: int, gradients: Sequence[Optional[Tensor]], rate: Rate) -> None:
+        begin = time.perf_counter()
+        targets, sources, missing = [], [], []
+        for view, gradient in zip(self.out.views, gradients):
+            if gradient is None:
+                missing.append(view)
+            elif gradient.data_ptr() != view.data_ptr():
+                targets.append(view)
+                sources.append(gradient)
+        if missing:
+            torch._foreach_zero_(missing)
+        if targets:
+            torch._foreach_copy_(targets, sources)
+        if self._wire is not self.out.flat:
+            self._wire.copy_(self.out.flat)
+        link, (op, predivide), recorder = self._context
+        before = link.sent
+        prescale, postscale = (1.0 / predivide, predivide) if op == Average else (1.0, 1.0)
+        self._pending = link.allreduce_async(self._wire, f"{self.bucket.name}.dense", op, prescale, postscale)
+        recorder.bytes_sent(link.sent - before)
+        recorder.encode_seconds(time.perf_counter() - begin)
+
+    def finish(self) -> None:
+        begin = time.perf_counter()
+        self._pending.wait()
+        waited = time.perf_counter()
+        if self._wire is not self.out.flat:
+            self.out.flat.copy_(self._wire)
+        self._context.recorder.wait_seconds(waited - begin)
+        self._context.recorder.decode_seconds(time.perf_counter() - waited)

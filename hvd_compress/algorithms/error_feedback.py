@@ -1,0 +1,113 @@
+"""Classic error feedback on gradients: what was not sent is added to the next gradient."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any, Mapping, Optional, Sequence
+
+import torch
+from torch import Tensor
+
+from hvd_compress import validation
+from hvd_compress.algorithms.base import Algorithm, Context, GradientState, Rate, require_summable
+from hvd_compress.buckets import Bucket, Mirror
+from hvd_compress.compressors import Compressor
+from hvd_compress.exchange import SummedExchange
+
+
+@dataclass(frozen=True)
+class EF(Algorithm):
+    """Error feedback on gradients, before the wrapped optimizer (EF-SGD with momentum after aggregation).
+
+    Each step, with rank k's gradient g_k and residual e_k,
+
+        p_k = g_k + (eta_{t-1} / eta_t) e_k;   g = mean_k C(p_k);   e_k = p_k - C(p_k)
+
+    and the wrapped optimizer steps with g, which is what ``p.grad`` holds after ``synchronize()``. The
+    ratio of learning rates keeps what is owed in update units; it is 1 where a rate is 0 and for
+    optimizers whose update does not grow with the gradient (Adam and its kin).
+
+    Args:
+        compressor: what is sent; its payloads must be summable.
+        rescale_residual: False leaves the ratio out.
+
+    Raises:
+        ValueError: if an argument is out of range.
+    """
+
+    compressor: Compressor
+    rescale_residual: bool = True
+
+    def __post_init__(self) -> None:
+        require_summable("EF", self.compressor)
+        validation.boolean("EF", "rescale_residual", self.rescale_residual)
+
+    def attach(self, bucket: Bucket, context: Context) -> GradientState:
+        return _EFState(self, bucket, context)
+
+
+class _EFState(GradientState):
+    """The residual is kept as ``unit * e``, with ``unit`` following the learning rate.
+
+    So a schedule that changes the rate at every step costs no pass over the residual: ``unit * g`` is
+    what is added to it. With a constant rate ``unit`` is 1 and nothing is rounded.
+    """
+
+    def __init__(self, config: EF, bucket: Bucket, context: Context) -> None:
+        self.bucket, self._config, self._context = bucket, config, context
+        self._exchange = SummedExchange(
+            bucket, config.compressor, context.link, context.reduction, context.recorder
+        )
+        self._residual = bucket.mirror(bucket.state_dtype)
+        self.out = bucket.mirror(bucket.dtype)
+        self._unit, self._lr, self._loss_scale = 1.0, 0.0, 1.0
+
+    def buffers(self) -> dict[str, Mirror]:
+        return {"residual": self._residual}
+
+    def scalars(self) -> dict[str, Any]:
+        return {"unit": self._unit, "lr": self._lr}
+
+    def load_scalars(self, saved: Mapping[str, Any]) -> None:
+        self._unit, self._lr = float(saved["unit"]), float(saved["lr"])
+
+    def residual(self) -> Optional[Tensor]:
+        return self._residual.flat / self._unit
+
+    def _follow(self, rate: Rate) -> None:
+        if self._config.rescale_residual and not rate.scale_free and self._lr > 0 and rate.lr > 0:
+            self._unit *= rate.lr / self._lr
+        self._lr = rate.lr
+        self._loss_scale = rate.loss_scale
+
+    def start(self, step: int, gradients: Sequence[Optional[Tensor]], rate: Rate) -> None:
+        begin = time.perf_counter()
+        self._follow(rate)
+        present = [i for i, gradient in enumerate(gradients) if gradient is not None]
+        if present:
+            torch._foreach_add_(
+                [self._residual.views[i] for i in present],
+                [gradients[i] for i in present],  # type: ignore[misc]
+                alpha=self._unit / rate.loss_scale,
+            )
+        self._exchange.codec.begin(step)
+        self._exchange.codec.encode(self._residual.flat, self._exchange.sent)
+        self._exchange.launch()
+        # While it travels. The gradients may be views of ``out``: they have been read by now.
+        self.out.flat.zero_()
+        self._context.recorder.encode_seconds(time.perf_counter() - begin)
+
+    def finish(self) -> None:
+        self._exchange.wait()
+        begin = time.perf_counter()
+        # Only now is what was sent no longer owed: had the exchange failed, nothing would be lost.
+        self._exchange.keep_back(self._residual.flat)
+        self._exchange.place(self.out.flat, self._loss_scale / self._unit)
+        self._context.recorder.decode_seconds(time.perf_counter() - begin)
+
+    def owed_update(self, lr: float) -> Optional[Tensor]:
+        return self._residual.flat * (lr / self._unit)
+
+    def forgive(self) -> None:
+        self._residual.flat.zero_()

@@ -1,0 +1,52 @@
+"""One pass over x, e and z: what the local step subtracted joins the residual, and z moves to its new place.
+
+All three are as long as the model, so memory traffic is the cost: the vectors are cut in tiles that stay in
+a processor's cache from the first operation to the last (read x, e, z; write e, z; nothing else touches
+memory). On accelerators a kernel launch costs more than a pass, and the tile is the whole vector.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+TILE = 2**16
+
+
+def stand(x: Tensor, e: Tensor, coefficient: float, out: Tensor) -> None:
+    """``out = x - coefficient * e``, rounded to ``out``'s dtype."""
+    if coefficient == 0.0:
+        out.copy_(x)
+    elif out.dtype == x.dtype:
+        torch.sub(x, e, alpha=coefficient, out=out)
+    else:
+        out.copy_(torch.sub(x, e, alpha=coefficient))
+
+
+class Folder:
+    """Folds three flat vectors of equal length: x and e in float32 (or float64), z in the parameters' dtype."""
+
+    def __init__(self, x: Tensor, e: Tensor, z: Tensor) -> None:
+        tile = TILE if x.device.type == "cpu" else max(1, x.numel())
+        self._tiles = list(zip(torch.split(x, tile), torch.split(e, tile), torch.split(z, tile)))
+        n = min(tile, x.numel())
+        self._moved = x.new_empty(n)
+        self._stood = self._moved if z.dtype == x.dtype else z.new_empty(n)
+
+    def fold(self, placed: float, coefficient: float, gain: float = 1.0, decay: float = 1.0) -> None:
+        """``u = (x - placed * e) - z;  e = decay * e + gain * u;  z = x - coefficient * e``.
+
+        ``x - placed * e`` is recomputed exactly as it was when z was placed, rounding included, so u is
+        what the wrapped optimizer subtracted and nothing else.
+        """
+        for x, e, z in self._tiles:
+            n = x.numel()
+            moved, stood = self._moved[:n], self._stood[:n]
+            stand(x, e, placed, stood)
+            if stood.dtype != moved.dtype:
+                moved.copy_(stood)
+            moved.sub_(z)
+            if decay != 1.0:
+                e.mul_(decay)
+            e.add_(moved, alpha=gain)
+            stand(x, e, coefficient, z)

@@ -1,0 +1,81 @@
+"""Automatic mixed precision: whose loss scale are these gradients multiplied with, and did any rank overflow?
+
+``GradScaler`` tells an optimizer nothing before ``scaler.step``, but a residual must meet the gradients, in
+unscaled units, in ``synchronize()``. So ``GradScaler.scale`` is observed: a hook on the scaled loss notes
+the scaler for as long as that backward pass runs, and the hooks of the parameters read it.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Iterable, Optional
+
+import torch
+from torch import Tensor
+
+if hasattr(torch.amp, "GradScaler"):
+    _GradScaler: Any = torch.amp.GradScaler
+else:  # torch < 2.3
+    _GradScaler = torch.cuda.amp.GradScaler
+
+_running: Optional[Any] = None
+
+
+def _leave() -> None:
+    global _running
+    _running = None
+
+
+def _enter(scaler: Any) -> None:
+    global _running
+    _running = scaler
+    torch.autograd.Variable._execution_engine.queue_callback(_leave)
+
+
+def watch() -> None:
+    """Begin to observe ``GradScaler.scale`` (once per process)."""
+    if getattr(_GradScaler.scale, "_hvd_compress", False):
+        return
+    original = _GradScaler.scale
+
+    @functools.wraps(original)
+    def scale(self: Any, outputs: Any) -> Any:
+        scaled = original(self, outputs)
+        if self.is_enabled():
+            for tensor in scaled if isinstance(scaled, (list, tuple)) else (scaled,):
+                if isinstance(tensor, Tensor) and tensor.requires_grad:
+                    tensor.register_hook(lambda grad: _enter(self))  # type: ignore[no-untyped-call]
+        return scaled
+
+    scale._hvd_compress = True  # type: ignore[attr-defined]
+    _GradScaler.scale = scale
+
+
+def running_scaler() -> Optional[Any]:
+    """The scaler whose scaled loss is being differentiated right now, or None."""
+    return _running
+
+
+def loss_scale(scaler: Any, optimizer: torch.optim.Optimizer) -> float:
+    """What the optimizer's gradients are multiplied with now: 1 once ``scaler.unscale_`` has run."""
+    state = scaler._per_optimizer_states[id(optimizer)]
+    unscaled = getattr(state["stage"], "name", "READY") != "READY"
+    return 1.0 if unscaled else float(scaler.get_scale())
+
+
+def mark_overflow(scaler: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Tell ``scaler`` that this step overflowed, so that its update is the same on every rank."""
+    for found in scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values():
+        found.fill_(1.0)
+
+
+def overflowed(gradients: Iterable[Tensor]) -> bool:
+    """Whether any gradient holds an infinity or nan (one host synchronisation per device)."""
+    per_device: dict[torch.device, Tensor] = {}
+    for gradient in gradients:
+        values = gradient._values() if gradient.is_sparse else gradient
+        # An infinity or nan times zero is nan, and a sum with a nan is nan.
+        probe = (values * 0).sum(dtype=torch.float32)
+        known = per_device.get(values.device)
+        per_device[values.device] = probe if known is None else known + probe
+    return any(bool(torch.isnan(probe)) for probe in per_device.values())

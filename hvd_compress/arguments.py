@@ -1,0 +1,154 @@
+"""Arguments of DistributedOptimizer: Horovod's checks and messages, and agreement of all ranks on them."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, Iterable, Optional, Sequence, Union
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from hvd_compress import collectives
+from hvd_compress.algorithms import Algorithm, Dense
+from hvd_compress.collectives import Adasum, Average, Link, Sum
+from hvd_compress.compressors import Cast, Compressor
+
+Groups = Union[int, Sequence[Sequence[Tensor]], None]
+
+
+def require_horovod() -> None:
+    """Raise ValueError unless ``hvd.init()`` has been called."""
+    if not collectives.is_initialized():
+        raise ValueError(
+            "hvd_compress.DistributedOptimizer: Horovod has not been initialized; call hvd.init() first"
+        )
+
+
+def algorithm_of(compression: Any) -> Algorithm:
+    """The algorithm for the argument ``compression``: ours, or one of Horovod's ``Compression`` classes.
+
+    Raises:
+        ValueError: for anything else; a bare compressor gets told what to wrap it in.
+    """
+    if isinstance(compression, Algorithm):
+        return compression
+    if compression is collectives.Compression.none:
+        return Dense()
+    if compression is collectives.Compression.fp16:
+        return Dense(wire=Cast(torch.float16))
+    if isinstance(compression, Compressor):
+        raise ValueError(
+            f"DistributedOptimizer: compression={compression!r} is a compressor, which alone would lose what it "
+            f"does not send; give it to an algorithm, such as EF({compression!r}) or DEF({compression!r})"
+        )
+    raise ValueError(
+        f"DistributedOptimizer: compression={compression!r} is not allowed; it must be an algorithm of "
+        "hvd_compress (Dense, EF, DEF, ...) or Horovod's Compression.none or Compression.fp16"
+    )
+
+
+def check_reduction(op: int, gradient_predivide_factor: float, backward_passes_per_step: int) -> None:
+    """Horovod's own checks, with its messages."""
+    if op not in (Average, Sum, Adasum):
+        raise ValueError(f"DistributedOptimizer: op={op!r} is not allowed; it must be Average, Sum or Adasum")
+    if gradient_predivide_factor != 1.0 and op != Average:
+        raise ValueError("gradient_predivide_factor not supported with op != Average")
+    if not gradient_predivide_factor > 0:
+        raise ValueError(
+            f"DistributedOptimizer: gradient_predivide_factor={gradient_predivide_factor!r} must be > 0"
+        )
+    if backward_passes_per_step <= 0:
+        raise ValueError("backward_passes_per_step must be > 0")
+
+
+def resolve_groups(num_groups: int, groups: Groups) -> Groups:
+    """``groups``, with the deprecated ``num_groups`` folded in; raises Horovod's ValueErrors."""
+    if num_groups != 0:
+        warnings.warn(
+            "Parameter `num_groups` has been replaced by `groups` and will be removed in v0.23.0.",
+            DeprecationWarning,
+            stacklevel=3,
+        )
+        if groups is None:
+            groups = num_groups
+    if groups is None:
+        return None
+    if not (isinstance(groups, (list, tuple)) or (isinstance(groups, int) and groups > 0)):
+        raise ValueError("groups should be a non-negative integer or a list of list of torch.Tensor.")
+    if not isinstance(groups, int):
+        seen: set[int] = set()
+        for team in groups:
+            for p in team:
+                if not isinstance(p, Tensor):
+                    raise ValueError("groups must consist of torch.Tensor.")
+                if id(p) in seen:
+                    raise ValueError("A parameter can only appear once in groups.")
+                seen.add(id(p))
+    return groups
+
+
+def teams_of(groups: Groups, parameters: Sequence[Parameter]) -> list[frozenset[int]]:
+    """Disjoint sets of parameter ids to be exchanged together, from Horovod's ``groups``."""
+    if groups is None:
+        return []
+    if not isinstance(groups, int):
+        return [frozenset(id(p) for p in team) for team in groups if len(team)]
+    n = min(groups, len(parameters))
+    share, extra = divmod(len(parameters), n) if n else (0, 0)
+    bounds = [k * share + min(k, extra) for k in range(n + 1)]
+    return [frozenset(id(p) for p in parameters[a:b]) for a, b in zip(bounds, bounds[1:])]
+
+
+def parameter_names(
+    optimizer: torch.optim.Optimizer, named_parameters: Optional[Iterable[tuple[str, Parameter]]]
+) -> dict[Parameter, str]:
+    """Name of every parameter; raises Horovod's three ValueErrors. Names of other parameters are kept."""
+    groups = optimizer.param_groups
+    if named_parameters is None:
+        return {
+            p: f"allreduce.noname.{i}.{j}" for i, group in enumerate(groups) for j, p in enumerate(group["params"])
+        }
+    named = list(named_parameters)
+    if any(not isinstance(p, tuple) for p in named):
+        raise ValueError(
+            "named_parameters should be a sequence of tuples (name, parameter), usually produced by "
+            "model.named_parameters()."
+        )
+    names = [name for name, _ in named]
+    duplicates = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+    if duplicates:
+        raise ValueError(
+            "Parameter names in named_parameters must be unique. Found duplicates: " + ", ".join(duplicates)
+        )
+    known = {p: name for name, p in named}
+    unnamed = {id(p) for group in groups for p in group["params"] if p not in known}
+    if unnamed:
+        raise ValueError(
+            "named_parameters was specified, but one or more model parameters were not named. "
+            "Python object ids: " + ", ".join(map(str, unnamed))
+        )
+    return known
+
+
+def agree(link: Link, description: Sequence[tuple[str, Any]]) -> None:
+    """Raise the same ValueError on every rank unless all ranks give the same ``description`` (collective).
+
+    Args:
+        link: collectives of the process set.
+        description: (what, value) pairs in order, such as one per parameter; values are compared by ``==``.
+    """
+    everyone = link.gather_objects(list(description), "agree")
+    first = everyone[0]
+    for rank, other in enumerate(everyone):
+        if other == first:
+            continue
+        if len(other) != len(first):
+            difference = f"rank 0 describes {len(first)} items (parameters and options), rank {rank} has {len(other)}"
+        else:
+            (what, mine), (their_what, theirs) = next((a, b) for a, b in zip(first, other) if a != b)
+            difference = f"rank 0 has {what} = {mine}, rank {rank} has {their_what} = {theirs}"
+        raise ValueError(
+            f"DistributedOptimizer: ranks disagree ({difference}; this is rank {link.rank}). Build the same model, "
+            "optimizer and compression on every rank, with the parameters in the same order"
+        )

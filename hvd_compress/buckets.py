@@ -1,0 +1,120 @@
+"""Buckets: parameters that are exchanged together, and contiguous flat buffers that mirror them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Iterable, NamedTuple, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from hvd_compress.compressors.base import Layout, pieces
+
+# Per bucket of gradients: large enough that the latency of a collective does not count, small enough that
+# the first buckets travel while backward still computes the others.
+BUCKET_BYTES = 32 * 2**20
+
+
+class Entry(NamedTuple):
+    """A parameter as the optimizer knows it: its name and the index of its parameter group."""
+
+    parameter: Parameter
+    name: str
+    group: int
+
+
+@dataclass(frozen=True)
+class Mirror:
+    """A contiguous vector and, for each parameter of a bucket, a view with that parameter's shape."""
+
+    flat: Tensor
+    views: list[Tensor]
+
+
+class Bucket:
+    """Parameters of one dtype and device that share one exchange.
+
+    Attributes:
+        name: stable name of the bucket's collectives, the same on every rank.
+        entries: its parameters, names and parameter-group indices.
+        dtype: dtype of parameters and gradients.
+        state_dtype: dtype of residuals and shared copies: float32, or float64 for float64 parameters.
+        device: where they live.
+        layout: names and sizes along the flat vector.
+        group: parameter-group index if all entries agree on it, else -1.
+    """
+
+    def __init__(self, name: str, entries: Sequence[Entry]) -> None:
+        self.name = name
+        self.entries = list(entries)
+        self.parameters = [entry.parameter for entry in entries]
+        self.dtype = self.parameters[0].dtype
+        self.state_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
+        self.device = self.parameters[0].device
+        self.layout = Layout(tuple(e.name for e in entries), tuple(p.numel() for p in self.parameters))
+        groups = {entry.group for entry in entries}
+        self.group = groups.pop() if len(groups) == 1 else -1
+
+    def mirror(self, dtype: torch.dtype) -> Mirror:
+        """New zeros of ``dtype``, with views shaped and strided like the parameters."""
+        flat = torch.zeros(self.layout.total, dtype=dtype, device=self.device)
+        parts = pieces(flat, self.layout.numels)
+        return Mirror(flat, [_like(part, p) for part, p in zip(parts, self.parameters)])
+
+    def adopt(self, mirror: Mirror) -> None:
+        """Move the parameters' storage into ``mirror`` (same dtype), keeping their values."""
+        values = [p.data for p in self.parameters]
+        torch._foreach_copy_(mirror.views, values)
+        self.repoint(mirror)
+
+    def repoint(self, mirror: Mirror) -> None:
+        """Make each parameter a view of ``mirror``, whatever its value was."""
+        for parameter, view in zip(self.parameters, mirror.views):
+            parameter.data = view
+
+
+def _like(part: Tensor, parameter: Tensor) -> Tensor:
+    """View of the contiguous ``part`` with the parameter's shape, and its strides if these leave no gaps."""
+    # Same strides keep memory formats such as channels_last; elementwise operations run at full speed.
+    expected = 1
+    for stride, size in sorted(zip(parameter.stride(), parameter.shape)):
+        if size > 1:
+            if stride != expected:
+                return part.view(parameter.shape)
+            expected *= size
+    return part.as_strided(parameter.shape, parameter.stride())
+
+
+def build(
+    entries: Iterable[Entry],
+    *,
+    prefix: str,
+    split_groups: bool,
+    max_bytes: float,
+    teams: Sequence[frozenset[int]] = (),
+) -> list[Bucket]:
+    """Cut ``entries`` into buckets, last parameters first (the order in which backward reaches them).
+
+    Args:
+        entries: parameters in the optimizer's order.
+        prefix: start of every bucket's name.
+        split_groups: give parameter groups buckets of their own (they have learning rates of their own).
+        max_bytes: close a bucket when it holds this much; parameters of a team are not cut.
+        teams: disjoint sets of parameter ids to be kept together (Horovod's ``groups``).
+    """
+    team_of = {pid: k for k, team in enumerate(teams) for pid in team}
+    open_buckets: dict[tuple[object, ...], list[Entry]] = {}
+    filled: dict[tuple[object, ...], float] = {}
+    closed: list[list[Entry]] = []
+    for entry in reversed(list(entries)):
+        p = entry.parameter
+        team = team_of.get(id(p), -1)
+        key = (team, p.device, p.dtype, entry.group if split_groups else -1)
+        if team < 0 and filled.get(key, 0.0) >= max_bytes:
+            closed.append(open_buckets.pop(key))
+            filled[key] = 0.0
+        open_buckets.setdefault(key, []).append(entry)
+        filled[key] = filled.get(key, 0.0) + p.numel() * p.element_size()
+    closed.extend(open_buckets.values())
+    return [Bucket(f"{prefix}{i}", members) for i, members in enumerate(closed)]

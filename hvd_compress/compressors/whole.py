@@ -1,0 +1,90 @@
+"""Compressors that send every element: as it is (Identity), or in a smaller dtype (Cast)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from hvd_compress.compressors.base import Codec, Compressor, Layout, Payload
+
+
+@dataclass(frozen=True)
+class Identity(Compressor):
+    """Send everything unchanged: turns every algorithm into plain data-parallel training."""
+
+    lossless: ClassVar[bool] = True
+
+    def encode(self, tensor: Tensor, name: str = "", step: int = 0) -> Payload:
+        """All elements, in the tensor's dtype."""
+        return Payload(tensor.reshape(-1).clone(), tensor.shape, tensor.dtype)
+
+    def decode(self, payload: Payload) -> Tensor:
+        """The tensor itself."""
+        return payload.values.to(payload.dtype).view(payload.shape)
+
+    def codec(self, layout: Layout, dtype: torch.dtype, device: torch.device) -> Codec:
+        return _WholeCodec(layout.total, dtype)
+
+
+@dataclass(frozen=True)
+class Cast(Compressor):
+    """Send every element as ``dtype``; values beyond its range are sent as its largest finite value.
+
+    Args:
+        dtype: torch.float16 or torch.float32, the floating-point types below float64 that Horovod can
+            sum. (It has no bfloat16; parameters and gradients in bfloat16 are sent as float32 or through
+            ``Cast(torch.float16)``.)
+
+    Raises:
+        ValueError: for any other dtype.
+    """
+
+    lossless: ClassVar[bool] = True
+    dtype: torch.dtype = torch.float16
+
+    def __post_init__(self) -> None:
+        if self.dtype not in (torch.float16, torch.float32):
+            raise ValueError(
+                f"Cast: dtype={self.dtype!r} is not allowed; it must be torch.float16 or torch.float32, "
+                "which Horovod can sum"
+            )
+
+    def encode(self, tensor: Tensor, name: str = "", step: int = 0) -> Payload:
+        """All elements, saturated and rounded to ``dtype``."""
+        values = torch.empty(tensor.numel(), dtype=self.dtype, device=tensor.device)
+        _saturating_copy(tensor.reshape(-1), values)
+        return Payload(values, tensor.shape, tensor.dtype)
+
+    def decode(self, payload: Payload) -> Tensor:
+        """The rounded tensor in its original dtype."""
+        return payload.values.to(payload.dtype).view(payload.shape)
+
+    def codec(self, layout: Layout, dtype: torch.dtype, device: torch.device) -> Codec:
+        return _WholeCodec(layout.total, self.dtype)
+
+
+def _saturating_copy(source: Tensor, target: Tensor) -> None:
+    if target.dtype.itemsize < source.dtype.itemsize:
+        limit = torch.finfo(target.dtype).max
+        source = source.clamp(-limit, limit)
+    target.copy_(source)
+
+
+class _WholeCodec(Codec):
+    """Every coordinate in its place; the payload differs from the flat vector by its dtype at most."""
+
+    def __init__(self, numel: int, dtype: torch.dtype) -> None:
+        self.numel = numel
+        self.dtype = dtype
+
+    def encode(self, flat: Tensor, wire: Tensor) -> None:
+        _saturating_copy(flat, wire)
+
+    def accumulate(self, wire: Tensor, flat: Tensor, alpha: float) -> None:
+        flat.add_(wire, alpha=alpha)
+
+    def write(self, wire: Tensor, flat: Tensor) -> None:
+        flat.copy_(wire)

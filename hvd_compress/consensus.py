@@ -1,0 +1,154 @@
+"""Points of the model that all ranks share: to evaluate, to save, to compare, and to settle debts at."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, Iterator, Optional, cast
+
+import torch
+from torch import Tensor
+
+from hvd_compress.algorithms.base import GradientState, State, UpdateState
+from hvd_compress.collectives import Average
+from hvd_compress.compressors.base import pieces
+from hvd_compress.exchange import dense_mean
+from hvd_compress.reducer import Reducer
+
+POINTS = ("shared", "virtual")
+
+
+class Consensus:
+    """What an optimizer's ``consensus()``, ``flush()`` and replica check do."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, reducer: Reducer) -> None:
+        self._reducer = reducer
+        self._param_groups = lambda: optimizer.param_groups
+        self._inside: Optional[str] = None
+
+    def forbid(self, action: str) -> None:
+        """Raise RuntimeError if the parameters are at a consensus point now."""
+        if self._inside is not None:
+            raise RuntimeError(
+                f"{action} inside optimizer.consensus(point={self._inside!r}) (rank {self._reducer.link.rank}): the "
+                "parameters are not the ones being trained; leave the context first"
+            )
+
+    def _enter_idle(self, action: str) -> None:
+        self.forbid(action)
+        if self._reducer.busy:
+            raise RuntimeError(
+                f"{action} between loss.backward() and optimizer.step() (rank {self._reducer.link.rank}): what ranks "
+                "hold back is under way; call it after step()"
+            )
+
+    @contextlib.contextmanager
+    def at(self, point: str) -> Iterator[None]:
+        """The parameters are at ``point`` inside, and bitwise where they were afterwards."""
+        if point not in POINTS:
+            raise ValueError(f"consensus: point={point!r} is not allowed; it must be 'shared' or 'virtual'")
+        reducer = self._reducer
+        if not reducer.link.member:
+            yield
+            return
+        self._enter_idle("consensus()")
+        reducer.settle()
+        moved = [(state, target) for state in reducer.states if (target := self._target(state, point)) is not None]
+        saved = [[p.detach().clone() for p in state.bucket.parameters] for state, _ in moved]
+        try:
+            for state, target in moved:
+                _write(state, target)
+            self._inside = point
+            yield
+        finally:
+            self._inside = None
+            for (state, _), values in zip(moved, saved):
+                torch._foreach_copy_([p.data for p in state.bucket.parameters], values)
+
+    def _target(self, state: State, point: str) -> Optional[Tensor]:
+        """The flat vector to put into a bucket's parameters at ``point``; None if they are there already."""
+        if isinstance(state, UpdateState):
+            shared = state.shared.flat
+            return shared if point == "shared" else shared - self._mean_owed(state)
+        if point == "shared" or state.owed_update(0.0) is None:
+            return None
+        current = state.bucket.mirror(state.bucket.state_dtype)
+        torch._foreach_copy_(current.views, [p.data for p in state.bucket.parameters])
+        return current.flat.sub_(self._mean_owed(state))
+
+    def _mean_owed(self, state: State) -> Tensor:
+        """Mean over ranks of what is held back, in update units (one dense allreduce)."""
+        reducer = self._reducer
+        if isinstance(state, UpdateState):
+            owed = cast(Tensor, state.residual()).clone()
+        else:
+            lr = float(self._param_groups()[state.bucket.group].get("lr", 1.0))
+            owed = cast(Tensor, state.owed_update(lr))
+            if reducer.reduction.op != Average:
+                owed.mul_(reducer.link.size)
+        return dense_mean(owed, reducer.link, f"{state.bucket.name}.owed", reducer.recorder)
+
+    def flush(self) -> None:
+        """Apply the mean of all residuals to the model and empty them."""
+        reducer = self._reducer
+        if not reducer.link.member:
+            return
+        self._enter_idle("flush()")
+        reducer.settle()
+        for state in reducer.states:
+            if isinstance(state, UpdateState):
+                state.shared.flat.sub_(self._mean_owed(state))
+                cast(Tensor, state.residual()).zero_()
+                state.place()
+            elif isinstance(state, GradientState) and (target := self._target(state, "virtual")) is not None:
+                _write(state, target)
+                state.forgive()
+
+    def mean_loss(self, loss: Any) -> Any:
+        """What a closure returned, averaged over ranks."""
+        link = self._reducer.link
+        if not link.member or link.size == 1 or loss is None:
+            return loss
+        value = torch.as_tensor(loss).detach().to(torch.float64).reshape(()).clone()
+        mean = link.allreduce(value, "loss")
+        return mean.to(loss.dtype) if isinstance(loss, Tensor) else float(mean)
+
+    def check_replicas(self) -> None:
+        """Raise RuntimeError on every rank unless the shared model has the same bits everywhere (collective)."""
+        link = self._reducer.link
+        rows = [_checksum(v) for state in self._reducer.states for v in _shared_values(state)]
+        names = [name for state in self._reducer.states for name in state.bucket.layout.names]
+        if not rows:
+            return
+        mine = torch.stack(rows).cpu()
+        every = link.allgather(mine, "replicas").view(link.size, -1)
+        different = (every != every[0]).any(dim=0).nonzero()
+        if different.numel():
+            name = names[int(different[0])]
+            ranks = (every[:, int(different[0])] != every[0, int(different[0])]).nonzero().flatten().tolist()
+            raise RuntimeError(
+                f"replicas differ: after step {self._reducer.step} parameter {name!r} of the shared model is not the "
+                f"same on rank 0 and on rank(s) {ranks} (seen by rank {link.rank}). Was a parameter written on some "
+                "ranks only? Broadcast the parameters again, or restart from a checkpoint"
+            )
+
+
+def _shared_values(state: State) -> list[Tensor]:
+    if isinstance(state, UpdateState):
+        return list(pieces(state.shared.flat, state.bucket.layout.numels))
+    return [p.data for p in state.bucket.parameters]
+
+
+def _checksum(values: Tensor) -> Tensor:
+    """64-bit sum of the bits of ``values``, weighted by position, so that order matters."""
+    flat = values.contiguous().view(-1)
+    width = {2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]
+    bits = flat.view(width).to(torch.int64)
+    weights = torch.arange(1, bits.numel() + 1, device=bits.device) * 2654435761 | 1
+    return (bits * weights).sum()
+
+
+def _write(state: State, target: Tensor) -> None:
+    """Put a flat vector into a bucket's parameters."""
+    mirror = state.bucket.mirror(target.dtype)
+    mirror.flat.copy_(target)
+    torch._foreach_copy_([p.data for p in state.bucket.parameters], mirror.views)

@@ -1,0 +1,274 @@
+"""The engine behind DistributedOptimizer: watches gradients arrive, cuts buckets, drives the algorithm."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, Callable, Iterator, Optional, Sequence, cast
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from hvd_compress import amp, sparse
+from hvd_compress.algorithms.base import Algorithm, Context, GradientState, Rate, State, UpdateState
+from hvd_compress.arguments import Groups, teams_of
+from hvd_compress.buckets import BUCKET_BYTES, Entry, build
+from hvd_compress.collectives import Link, Sum, is_elastic
+from hvd_compress.exchange import Reduction
+from hvd_compress.telemetry import Recorder
+
+# Optimizers whose update grows with the gradient: for these a change of learning rate changes what a
+# residual in gradient units is worth.
+GRADIENT_SCALED = (torch.optim.SGD, torch.optim.ASGD)
+
+
+class Reducer:
+    """Readiness of gradients, buckets and their states, for one optimizer.
+
+    Buckets are cut and buffers allocated at the first exchange, when it is known which gradients are
+    sparse and the model is where it will stay.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        names: dict[Parameter, str],
+        algorithm: Algorithm,
+        link: Link,
+        reduction: Reduction,
+        passes: int,
+        groups: Groups,
+        sparse_as_dense: bool,
+    ) -> None:
+        self._optimizer = weakref.ref(optimizer)
+        self.names, self.algorithm, self.link, self.reduction = names, algorithm, link, reduction
+        self._groups, self._sparse_as_dense = groups, sparse_as_dense
+        self.recorder = Recorder()
+        self.step = 0
+        self.local_steps_done = 0
+        self.passes = passes
+        self.tracked: list[Parameter] = []
+        self.states: list[State] = []
+        self.on_build: Callable[[Sequence[State]], None] = lambda states: None
+        self.on_settle: Callable[[], None] = lambda: None
+        self.scaler: Optional[Any] = None  # the last GradScaler seen
+        self.scaled = False  # whether this step's gradients came from it
+        self.fired = False
+        self._built = False
+        self._delay: dict[Parameter, int] = {}
+        self._home: dict[Parameter, int] = {}
+        self._sparse: list[Parameter] = []
+        self._ready: list[int] = []
+        self._started: list[int] = []
+        # One rank needs no hooks to exchange, only to see loss scaling; passes are not counted then.
+        self._counts_passes = link.member and (link.size > 1 or is_elastic())
+        self.track()
+
+    # -- parameters ------------------------------------------------------------------------------------
+
+    def _optimizer_parameters(self) -> Iterator[tuple[int, Parameter]]:
+        optimizer = self._optimizer()
+        assert optimizer is not None
+        for index, group in enumerate(optimizer.param_groups):
+            for parameter in group["params"]:
+                yield index, parameter
+
+    def track(self) -> None:
+        """Register hooks for parameters that require a gradient and have none yet (new or unfrozen)."""
+        if not self.link.member:
+            return
+        for _, parameter in self._optimizer_parameters():
+            if parameter.requires_grad and parameter not in self._delay:
+                self._delay[parameter] = self.passes
+                self.tracked.append(parameter)
+                parameter.register_post_accumulate_grad_hook(self._on_gradient)  # type: ignore[no-untyped-call]
+                self._built = False
+
+    def set_passes(self, passes: int) -> None:
+        """Change the number of backward passes per step and start counting anew."""
+        self.passes = passes
+        self._reset()
+
+    def _on_gradient(self, parameter: Tensor) -> None:
+        p = cast(Parameter, parameter)
+        if not self.fired:
+            self.fired = True
+            self.scaled = amp.running_scaler() is not None
+        if self.scaled:
+            self.scaler = amp.running_scaler()
+        if not self._counts_passes:
+            return
+        if self._delay[p] <= 0:
+            raise AssertionError(
+                "Gradients were computed more than backward_passes_per_step times before call to step(). Increase "
+                f"backward_passes_per_step to accumulate gradients locally. (parameter {self.names[p]!r}, rank "
+                f"{self.link.rank}, backward_passes_per_step={self.passes})"
+            )
+        self._delay[p] -= 1
+        home = self._home.get(p)
+        # Under loss scaling nothing may leave before all ranks know that none of them has overflowed.
+        if self._delay[p] or home is None or not self._built or self.scaled:
+            return
+        self._ready[home] += 1
+        state = self.states[home]
+        if self._ready[home] == len(state.bucket.parameters) and isinstance(state, GradientState):
+            self._start(home)
+
+    @property
+    def busy(self) -> bool:
+        """True from the first gradient of a step to its ``synchronize()`` or ``step()``."""
+        return self.fired and self._counts_passes
+
+    def _reset(self) -> None:
+        self.fired = False
+        self._started = []
+        self._ready = [0] * len(self.states)
+        for p in self._delay:
+            self._delay[p] = self.passes
+
+    # -- buckets ---------------------------------------------------------------------------------------
+
+    def build(self) -> None:
+        """Cut buckets for parameters that have none and allocate the algorithm's buffers."""
+        self.track()
+        if self._built or not self.link.member:
+            return
+        homeless = [p for p in self.tracked if p not in self._home and all(p is not q for q in self._sparse)]
+        exchanges_updates = self.algorithm.exchanges_updates
+        if not exchanges_updates and not self._sparse_as_dense and not is_elastic():
+            found = {id(p) for p in sparse.agree_sparse(self.link, homeless)}
+            self._sparse += [p for p in homeless if id(p) in found]
+            homeless = [p for p in homeless if id(p) not in found]
+        group_of = {p: index for index, p in self._optimizer_parameters()}
+        wanted = {id(p) for p in homeless}
+        order = [p for p in group_of if id(p) in wanted]
+        buckets = build(
+            [Entry(p, self.names[p], group_of[p]) for p in order],
+            prefix=f"bucket{len(self.states)}.",
+            split_groups=not exchanges_updates or not getattr(self.algorithm, "rescale_residual", True),
+            max_bytes=float("inf") if exchanges_updates else BUCKET_BYTES,
+            teams=[] if exchanges_updates else teams_of(self._groups, order),
+        )
+        context = Context(self.link, self.reduction, self.recorder)
+        new: list[State] = []
+        for bucket in buckets:
+            self._home.update((p, len(self.states) + len(new)) for p in bucket.parameters)
+            new.append(self.algorithm.attach(bucket, context))
+        self.states += new
+        self._ready = [0] * len(self.states)
+        self._built = True
+        if new:
+            self.on_build(new)
+
+    def settle(self) -> None:
+        """Make buckets, and what they hold, agree with what was loaded or broadcast since the last step."""
+        self.build()
+        self.on_settle()
+
+    @property
+    def dense_bytes(self) -> float:
+        """Bytes one rank would send for an uncompressed exchange of everything."""
+        size = self.link.size
+        nbytes = sum(s.bucket.layout.total * s.bucket.dtype.itemsize for s in self.states)
+        return 2 * (size - 1) / size * nbytes
+
+    # -- gradients -------------------------------------------------------------------------------------
+
+    def _rate(self, state: State) -> Rate:
+        optimizer = self._optimizer()
+        assert optimizer is not None
+        lr = float(optimizer.param_groups[state.bucket.group].get("lr", 1.0))
+        # A rank without any gradient at this step goes by the last one that had.
+        scaled = self.scaled if self.fired else self.scaler is not None
+        scale = amp.loss_scale(self.scaler, optimizer) if scaled and self.scaler is not None else 1.0
+        return Rate(lr, not isinstance(optimizer, GRADIENT_SCALED), scale)
+
+    def _start(self, index: int) -> None:
+        state = cast(GradientState, self.states[index])
+        gradients = [
+            p.grad.to_dense() if p.grad is not None and p.grad.is_sparse else p.grad for p in state.bucket.parameters
+        ]
+        state.start(self.step, gradients, self._rate(state))
+        self._started.append(index)
+
+    def any_rank(self, flag: bool) -> bool:
+        """Whether ``flag`` is True on any rank (a small collective)."""
+        total = self.link.allreduce(torch.tensor([int(flag)], dtype=torch.int32), "any", Sum)
+        return bool(total.item())
+
+    def synchronize(self) -> bool:
+        """Exchange gradients and leave the aggregate in ``p.grad``.
+
+        Returns:
+            True if a rank's scaled gradients overflowed: then nothing was exchanged, no residual was
+            touched, and every rank has an infinity in its gradients, for its GradScaler to find.
+        """
+        self.settle()
+        if self.scaler is not None and self.any_rank(amp.overflowed(self._gradients())):
+            self._poison()
+            self._reset()
+            return True
+        try:
+            for index in range(len(self.states)):
+                if index not in self._started:
+                    self._start(index)
+            names = [self.names[p] for p in self._sparse]
+            waits = sparse.launch(self.link, self._sparse, names, self.reduction.op)
+            for index in self._started:
+                self._deliver(cast(GradientState, self.states[index]))
+            for parameter, wait in zip(self._sparse, waits):
+                parameter.grad = wait()
+        finally:
+            # Also after a failed collective: an elastic job goes on from here.
+            self._reset()
+        self.step += 1
+        self.recorder.close_step()
+        return False
+
+    def _deliver(self, state: GradientState) -> None:
+        state.finish()
+        for parameter, view in zip(state.bucket.parameters, state.out.views):
+            was_sparse = parameter.grad is not None and parameter.grad.is_sparse
+            parameter.grad = view.to_sparse(1) if was_sparse else view
+
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for p in self.tracked if p.grad is not None]
+
+    def _poison(self) -> None:
+        for parameter in self.tracked[:1]:
+            if parameter.grad is None or parameter.grad.is_sparse:
+                parameter.grad = torch.zeros_like(parameter)
+            parameter.grad.fill_(float("inf"))
+
+    # -- updates ---------------------------------------------------------------------------------------
+
+    def before_update(self) -> None:
+        """The wrapped optimizer is about to step: make sure the states stand where the parameters are."""
+        self.settle()
+        for state in self.states:
+            storage = cast(UpdateState, state).local
+            if any(p.data_ptr() != v.data_ptr() for p, v in zip(state.bucket.parameters, storage.views)):
+                # Somebody gave a parameter new storage (p.data = ...): take its values back into ours.
+                state.bucket.adopt(storage)
+
+    def exchange_updates(self) -> None:
+        """The wrapped optimizer has stepped: exchange what it subtracted, if it is time to."""
+        optimizer = self._optimizer()
+        assert optimizer is not None
+        self._reset()
+        self.local_steps_done += 1
+        if self.local_steps_done < getattr(self.algorithm, "local_steps", 1):
+            return
+        self.local_steps_done = 0
+        states = [cast(UpdateState, state) for state in self.states]
+        for state in states:
+            lr = float(optimizer.param_groups[max(state.bucket.group, 0)].get("lr", 1.0))
+            state.start(self.step, lr)
+        for state in states:
+            state.finish()
+        self.step += 1
+        self.recorder.close_step()
+
+    def drop_pass_counts(self) -> None:
+        """Gradients stay local: only the counting of backward passes starts anew."""
+        self._reset()

@@ -1,0 +1,190 @@
+"""Residuals in checkpoints: each rank saves its own, and never takes another rank's for its own.
+
+Everything is stored by parameter name, so that a checkpoint does not depend on how parameters were put in
+buckets. Never checkpointed: payloads, gradients, timings.
+"""
+
+from __future__ import annotations
+
+import uuid
+import warnings
+from typing import Any, Mapping, Optional, Sequence
+
+import torch
+from torch import Tensor
+
+from hvd_compress.algorithms.base import State, UpdateState
+from hvd_compress.reducer import Reducer
+
+KEY = "hvd_compress"
+FORMAT = 1
+
+
+def collect(states: Sequence[State]) -> dict[str, Any]:
+    """Buffers by kind and parameter name (live tensors, as torch's own state_dict gives), scalars by group."""
+    buffers: dict[str, dict[str, Tensor]] = {}
+    scalars: dict[str, dict[str, Any]] = {}
+    for state in states:
+        for kind, mirror in state.buffers().items():
+            buffers.setdefault(kind, {}).update(zip(state.bucket.layout.names, mirror.views))
+        if state.scalars():
+            scalars[_scalar_key(state)] = state.scalars()
+    return {"buffers": buffers, "scalars": scalars}
+
+
+def _scalar_key(state: State) -> str:
+    return f"{state.bucket.group}/{state.bucket.dtype}"
+
+
+def may_restore_residual(saved: Mapping[str, Any], owner: str, rank: int, size: int) -> bool:
+    """Whether the saved residual is this rank's own; warns with the remedy if not."""
+    if saved["owner"] == owner or (saved["rank"], saved["size"]) == (rank, size):
+        return True
+    warnings.warn(
+        f"hvd_compress: the optimizer state holds the residual of rank {saved['rank']} of {saved['size']}, and this "
+        f"is rank {rank} of {size}; it is not loaded, and what that rank held back is lost. Save each rank's own "
+        "state_dict(), or call optimizer.flush() on all ranks before saving",
+        stacklevel=4,
+    )
+    return False
+
+
+def restore(states: Sequence[State], saved: Mapping[str, Any], with_residual: bool) -> list[State]:
+    """Copy saved buffers and scalars back; returns the states whose shared model was found.
+
+    Buffers that are not in ``saved`` (a parameter added since) are left as they are; so are residuals
+    unless ``with_residual``, which are then set to zero.
+    """
+    restored = []
+    for state in states:
+        names = state.bucket.layout.names
+        for kind, mirror in state.buffers().items():
+            if kind != "shared" and not with_residual:
+                mirror.flat.zero_()
+                continue
+            stored = saved["buffers"].get(kind, {})
+            for name, view in zip(names, mirror.views):
+                source: Optional[Tensor] = stored.get(name)
+                if source is None:
+                    continue
+                if source.shape != view.shape:
+                    raise ValueError(
+                        f"load_state_dict: {kind} of parameter {name!r} has shape {tuple(source.shape)} in the saved "
+                        f"state and {tuple(view.shape)} here; load a state of the same model"
+                    )
+                with torch.no_grad():
+                    view.copy_(source)
+            if kind == "shared" and all(name in stored for name in names):
+                restored.append(state)
+        scalars = saved["scalars"].get(_scalar_key(state))
+        if scalars is not None:
+            state.load_scalars(scalars)
+    return restored
+
+
+class Keeper:
+    """What an optimizer adds to its ``state_dict`` and takes out of one.
+
+    Three places: under "hvd_compress" this rank's buffers; in the first parameter group what all ranks
+    share (step count, units), which ``hvd.broadcast_optimizer_state`` and elastic ``sync`` then carry to
+    new ranks; and for optimizers without any state one entry, as the broadcast does nothing otherwise.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, reducer: Reducer) -> None:
+        self._reducer = reducer
+        self._optimizer = optimizer
+        self._owner = uuid.uuid4().hex
+        self._unclaimed: Optional[Mapping[str, Any]] = None
+        reducer.on_build = self._claim
+        reducer.on_settle = self.absorb
+
+    def extend(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Add to torch's ``state`` what is ours."""
+        reducer = self._reducer
+        if not reducer.link.member or not state["param_groups"]:
+            return state
+        if self._unclaimed is not None:
+            mine = dict(self._unclaimed)  # loaded, and no step since
+        else:
+            mine = {
+                "format": FORMAT, "owner": self._owner, "rank": reducer.link.rank, "size": reducer.link.size,
+                "step": reducer.step, "local_steps_done": reducer.local_steps_done, **collect(reducer.states),
+            }
+        state[KEY] = mine
+        shared = {k: mine[k] for k in ("step", "local_steps_done", "scalars")}
+        groups = [dict(group) for group in state["param_groups"]]
+        groups[0][KEY] = shared
+        state["param_groups"] = groups
+        if self._stateless() and groups[0]["params"]:
+            state["state"] = {**state["state"], groups[0]["params"][0]: {KEY: torch.tensor(mine["step"])}}
+        return state
+
+    def _stateless(self) -> bool:
+        optimizer = self._optimizer
+        return isinstance(optimizer, torch.optim.SGD) and all(g["momentum"] == 0 for g in optimizer.param_groups)
+
+    def strip(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """``state`` as the wrapped optimizer knows it."""
+        plain = {k: v for k, v in state.items() if k != KEY}
+        plain["param_groups"] = [{k: v for k, v in g.items() if k != KEY} for g in state["param_groups"]]
+        plain["state"] = {
+            pid: {k: v for k, v in entry.items() if k != KEY} if isinstance(entry, dict) else entry
+            for pid, entry in state["state"].items()
+            if not (isinstance(entry, dict) and set(entry) == {KEY})
+        }
+        return plain
+
+    def load(self, saved: Optional[Mapping[str, Any]]) -> None:
+        """Take ``saved`` (what ``extend`` put under "hvd_compress"); None empties all residuals."""
+        reducer = self._reducer
+        if not reducer.link.member:
+            return
+        if saved is not None and saved["format"] != FORMAT:
+            raise ValueError(
+                f"load_state_dict: the state has format {saved['format']!r} of hvd_compress, this version reads "
+                f"{FORMAT}; save it again with a version that reads it"
+            )
+        self._unclaimed = None
+        if saved is None:
+            for state in reducer.states:
+                for kind, mirror in state.buffers().items():
+                    if kind != "shared":
+                        mirror.flat.zero_()
+                if isinstance(state, UpdateState):
+                    state.anchor()
+            return
+        reducer.step, reducer.local_steps_done = saved["step"], saved["local_steps_done"]
+        if reducer.states:
+            self._restore(reducer.states, saved)
+        else:
+            self._unclaimed = saved
+
+    def _claim(self, states: Sequence[State]) -> None:
+        """Buckets have been cut: give them what was loaded before."""
+        if self._unclaimed is not None:
+            saved, self._unclaimed = self._unclaimed, None
+            self._restore(states, saved)
+
+    def _restore(self, states: Sequence[State], saved: Mapping[str, Any]) -> None:
+        link = self._reducer.link
+        own = may_restore_residual(saved, self._owner, link.rank, link.size)
+        before = {id(s): s.local.flat.clone() for s in states if isinstance(s, UpdateState)}
+        complete = restore(states, saved, own)
+        for state in states:
+            if isinstance(state, UpdateState):
+                state.resume(before[id(state)], known=any(state is s for s in complete))
+
+    def absorb(self) -> None:
+        """Take over what a broadcast of the optimizer state has left in the parameter groups."""
+        shared = self._optimizer.param_groups[0].pop(KEY, None) if self._optimizer.param_groups else None
+        if self._stateless():
+            for entry in list(self._optimizer.state.values()):
+                entry.pop(KEY, None)
+        if shared is None:
+            return
+        reducer = self._reducer
+        reducer.step, reducer.local_steps_done = shared["step"], shared["local_steps_done"]
+        for state in reducer.states:
+            scalars = shared["scalars"].get(_scalar_key(state))
+            if scalars is not None:
+                state.load_scalars(scalars)

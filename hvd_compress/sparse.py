@@ -1,0 +1,43 @@
+"""Sparse gradients (embeddings with ``sparse=True``) of algorithms that exchange gradients.
+
+Horovod gathers their indices and values instead of reducing them. Which parameters are sparse shows only
+in their first gradients, and a rank may have none: so the ranks agree on it once, at the first exchange.
+"""
+
+from __future__ import annotations
+
+from typing import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from hvd_compress.collectives import Link, Sum
+
+
+def agree_sparse(link: Link, parameters: Sequence[Parameter]) -> list[Parameter]:
+    """The parameters that have a sparse gradient on any rank (collective, one int32 per parameter)."""
+    mine = [int(p.grad is not None and p.grad.is_sparse) for p in parameters]
+    if not parameters:
+        return []
+    flags = link.allreduce(torch.tensor(mine, dtype=torch.int32), "sparse", Sum).tolist()
+    return [p for p, flag in zip(parameters, flags) if flag]
+
+
+def launch(
+    link: Link, parameters: Sequence[Parameter], names: Sequence[str], op: int
+) -> list[Callable[[], Tensor]]:
+    """Start gathering sparse gradients; a missing one counts as empty, a dense one is converted."""
+    waits = []
+    for parameter, name in zip(parameters, names):
+        gradient = parameter.grad
+        if gradient is None:
+            gradient = torch.sparse_coo_tensor(
+                torch.zeros((1, 0), dtype=torch.int64, device=parameter.device),
+                parameter.new_zeros((0, *parameter.shape[1:])),
+                parameter.shape,
+            )
+        elif not gradient.is_sparse:
+            gradient = gradient.to_sparse(1)
+        waits.append(link.sparse_allreduce_async(gradient, f"sparse.{name}", op))
+    return waits

@@ -1,0 +1,98 @@
+"""Figures of the last step and in total: what was sent, what it cost, what is held back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What ``optimizer.stats()`` returns; all figures are this rank's own.
+
+    Attributes:
+        steps: exchanges done so far.
+        bytes_sent: bytes put on the wire by the last exchange, by the formula of the collective (ring
+            allreduce: ``2 (P-1)/P`` times the payload), without the headers of the network.
+        total_bytes_sent: the same since the optimizer was built.
+        dense_bytes: what the last exchange would have sent uncompressed, in the parameters' dtype.
+        ratio: ``dense_bytes / bytes_sent`` (1.0 when nothing is sent, at one rank).
+        residual_norm: l2 norm of what this rank holds back, in update units for DEF, in gradient units
+            for EF; 0.0 for algorithms that hold nothing back.
+        encode_seconds: time of the last step spent compensating and encoding, on the host.
+        decode_seconds: time of the last step spent decoding and placing.
+        wait_seconds: time of the last step spent waiting for collectives.
+        total_encode_seconds, total_decode_seconds, total_wait_seconds: the same since the beginning.
+        coefficient: DEF's detachment coefficient in force (measured if "auto"), else nan.
+    """
+
+    steps: int
+    bytes_sent: float
+    total_bytes_sent: float
+    dense_bytes: float
+    ratio: float
+    residual_norm: float
+    encode_seconds: float
+    decode_seconds: float
+    wait_seconds: float
+    total_encode_seconds: float
+    total_decode_seconds: float
+    total_wait_seconds: float
+    coefficient: float
+
+
+@dataclass
+class Figures:
+    """Running sums of one step or of all."""
+
+    bytes_sent: float = 0.0
+    encode_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    wait_seconds: float = 0.0
+
+
+@dataclass
+class Recorder:
+    """Collects figures while a step goes on; ``close_step`` makes them the last step's."""
+
+    steps: int = 0
+    current: Figures = field(default_factory=Figures)
+    last: Figures = field(default_factory=Figures)
+    total: Figures = field(default_factory=Figures)
+
+    def bytes_sent(self, nbytes: float) -> None:
+        self.current.bytes_sent += nbytes
+
+    def encode_seconds(self, seconds: float) -> None:
+        self.current.encode_seconds += seconds
+
+    def decode_seconds(self, seconds: float) -> None:
+        self.current.decode_seconds += seconds
+
+    def wait_seconds(self, seconds: float) -> None:
+        self.current.wait_seconds += seconds
+
+    def close_step(self) -> None:
+        """The exchange is complete."""
+        self.steps += 1
+        self.last, self.current = self.current, Figures()
+        for name, value in vars(self.last).items():
+            setattr(self.total, name, getattr(self.total, name) + value)
+
+    def snapshot(self, dense_bytes: float, residual_norm: float, coefficient: float) -> Stats:
+        """The figures as a frozen record."""
+        last, total = self.last, self.total
+        return Stats(
+            steps=self.steps,
+            bytes_sent=last.bytes_sent,
+            total_bytes_sent=total.bytes_sent + self.current.bytes_sent,
+            dense_bytes=dense_bytes,
+            ratio=dense_bytes / last.bytes_sent if last.bytes_sent else 1.0,
+            residual_norm=residual_norm,
+            encode_seconds=last.encode_seconds,
+            decode_seconds=last.decode_seconds,
+            wait_seconds=last.wait_seconds,
+            total_encode_seconds=total.encode_seconds,
+            total_decode_seconds=total.decode_seconds,
+            total_wait_seconds=total.wait_seconds,
+            coefficient=coefficient,
+        )

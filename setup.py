@@ -1,0 +1,33 @@
+"""Metadata and build of hvd_compress; see the Makefile for an environment with everything in it."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+examples = ["scikit-learn>=1.0", "matplotlib>=3.5", "tqdm>=4.60"]
+test = ["pytest>=7.0", "hypothesis>=6.50", *examples]
+
+setup(
+    name="hvd_compress",
+    version="0.1.0",
+    description="Gradient and update compression for Horovod: one line replaced, same model, less waiting",
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.9",
+    packages=find_packages(include=["hvd_compress", "hvd_compress.*"]),
+    package_data={"hvd_compress": ["py.typed"]},
+    install_requires=["torch>=2.1", "horovod>=0.28.1", "numpy>=1.22", "mpi4py>=3.1"],
+    extras_require={
+        "examples": examples,
+        "test": test,
+        "dev": [*test, "ruff>=0.6", "mypy>=1.10"],
+    },
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: System :: Distributed Computing",
+    ],
+)
