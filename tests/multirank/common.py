@@ -1,0 +1,90 @@
+"""What job files share: the reference's network in torch, and comparisons across ranks."""
+
+from __future__ import annotations
+
+from typing import Any, Callable
+
+import horovod.torch as hvd
+import numpy as np
+import pytest
+import reference
+import torch
+from torch import Tensor, nn
+
+import hvd_compress
+
+
+def network(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Sequential:
+    """The reference's model with the reference's initial parameters."""
+    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).to(dtype)
+    with torch.no_grad():
+        for name, value in reference.initial(seed).items():
+            model.get_parameter(name).copy_(torch.from_numpy(value))
+    return model
+
+
+def loss_of(model: nn.Module, rank: int, step: int) -> Tensor:
+    """The reference's loss on the data of ``rank`` at ``step``."""
+    dtype = next(model.parameters()).dtype
+    inputs, targets = (torch.from_numpy(a).to(dtype) for a in reference.batch(rank, step))
+    return ((model(inputs) - targets) ** 2).mean()
+
+
+def wrap(model: nn.Module, optimizer: torch.optim.Optimizer, compression: Any, **kwargs: Any) -> Any:
+    """Our DistributedOptimizer with the model's names."""
+    return hvd_compress.DistributedOptimizer(
+        optimizer, named_parameters=model.named_parameters(), compression=compression, **kwargs
+    )
+
+
+def train(
+    model: nn.Module, optimizer: Any, steps: int, schedule: Callable[[int], float], first: int = 0,
+    after_step: Callable[[int], None] = lambda t: None,
+) -> None:
+    """Train on this rank's data with a learning rate per step."""
+    for t in range(first, first + steps):
+        for group in optimizer.param_groups:
+            group["lr"] = schedule(t)
+        optimizer.zero_grad()
+        loss_of(model, hvd.rank(), t).backward()
+        optimizer.step()
+        after_step(t)
+
+
+def flat(model: nn.Module) -> Tensor:
+    """All parameters as one new vector."""
+    return torch.cat([p.detach().reshape(-1) for p in model.parameters()]).clone()
+
+
+def same_everywhere(vector: Tensor, what: str) -> None:
+    """Fail unless every rank has the same bits."""
+    every = hvd.allgather(vector.reshape(1, -1), name=f"test.same.{what}")
+    for rank in range(hvd.size()):
+        assert torch.equal(every[rank], every[0]), f"{what} differs between rank 0 and rank {rank}"
+
+
+def close(actual: Tensor, expected: Any, tolerance: float, what: str) -> None:
+    """Fail unless ``actual`` equals ``expected`` up to ``tolerance``, relative to the norm of the latter."""
+    wanted = expected if isinstance(expected, Tensor) else torch.from_numpy(np.asarray(expected))
+    difference = torch.linalg.vector_norm(actual.double() - wanted.double())
+    error = float(difference / torch.linalg.vector_norm(wanted.double()).clamp(min=1e-30))
+    assert error <= tolerance, f"{what}: relative error {error:.3g} > {tolerance:g} (rank {hvd.rank()})"
+
+
+def joined(tensors: reference.Tensors) -> np.ndarray[Any, Any]:
+    """A reference's tensors as one vector, in the order of the model's parameters."""
+    return np.concatenate([tensors[name].reshape(-1) for name in reference.SHAPES])
+
+
+def saved(optimizer: Any, kind: str) -> Tensor:
+    """"residual" or "shared" of this rank from ``state_dict()``, as one vector in the model's order."""
+    buffers = optimizer.state_dict()["hvd_compress"]["buffers"][kind]
+    return torch.cat([buffers[name].detach().reshape(-1) for name in reference.SHAPES]).clone()
+
+
+def raises(kind: type[BaseException], *fragments: str, call: Callable[[], Any]) -> None:
+    """Fail unless ``call`` raises ``kind`` with every fragment in its message."""
+    with pytest.raises(kind) as caught:
+        call()
+    for fragment in fragments:
+        assert fragment in str(caught.value), f"{fragment!r} is not in {caught.value!s}"
