@@ -22,7 +22,7 @@ class Consensus:
 
     def __init__(self, optimizer: torch.optim.Optimizer, reducer: Reducer) -> None:
         self._reducer = reducer
-        self._param_groups = lambda: optimizer.param_groups
+        self._optimizer = optimizer
         self._inside: Optional[str] = None
 
     def forbid(self, action: str) -> None:
@@ -81,7 +81,7 @@ class Consensus:
         if isinstance(state, UpdateState):
             owed = cast(Tensor, state.residual()).clone()
         else:
-            lr = float(self._param_groups()[state.bucket.group].get("lr", 1.0))
+            lr = float(self._optimizer.param_groups[state.bucket.group].get("lr", 1.0))
             owed = cast(Tensor, state.owed_update(lr))
             if reducer.reduction.op != Average:
                 owed.mul_(reducer.link.size)
@@ -102,6 +102,7 @@ class Consensus:
             elif isinstance(state, GradientState) and (target := self._target(state, "virtual")) is not None:
                 _write(state, target)
                 state.forgive()
+        reducer.stand()
 
     def mean_loss(self, loss: Any) -> Any:
         """What a closure returned, averaged over ranks."""

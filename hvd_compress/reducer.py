@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from typing import Any, Callable, Iterator, Optional, Sequence, cast
 
@@ -15,6 +16,7 @@ from hvd_compress.arguments import Groups, teams_of
 from hvd_compress.buckets import BUCKET_BYTES, Entry, build
 from hvd_compress.collectives import Link, Sum, is_elastic
 from hvd_compress.exchange import Reduction
+from hvd_compress.rewrites import RewriteWatch
 from hvd_compress.telemetry import Recorder
 
 # Optimizers whose update grows with the gradient: for these a change of learning rate changes what a
@@ -58,6 +60,7 @@ class Reducer:
         self._delay: dict[Parameter, int] = {}
         self._home: dict[Parameter, int] = {}
         self._sparse: list[Parameter] = []
+        self._watch = RewriteWatch(link)
         self._ready: list[int] = []
         self._started: list[int] = []
         # One rank needs no hooks to exchange, only to see loss scaling; passes are not counted then.
@@ -88,12 +91,15 @@ class Reducer:
         """Change the number of backward passes per step and start counting anew."""
         self.passes = passes
         self._reset()
+        self._watch.forget()
 
     def _on_gradient(self, parameter: Tensor) -> None:
         p = cast(Parameter, parameter)
         if not self.fired:
             self.fired = True
             self.scaled = amp.running_scaler() is not None
+            if self._built and self.local_steps_done == 0:
+                self._watch.launch(self._points())
         if self.scaled:
             self.scaler = amp.running_scaler()
         if not self._counts_passes:
@@ -164,6 +170,28 @@ class Reducer:
         """Make buckets, and what they hold, agree with what was loaded or broadcast since the last step."""
         self.build()
         self.on_settle()
+        if self.local_steps_done == 0:
+            self._heed_rewrites()
+
+    def _points(self) -> list[Tensor]:
+        return [state.local.flat for state in self.states if isinstance(state, UpdateState)]
+
+    def _heed_rewrites(self) -> None:
+        """Let parameters that were broadcast or loaded since the last step become the shared model."""
+        self._watch.launch(self._points())
+        rewritten, same = self._watch.rewritten()
+        if not rewritten:
+            return
+        for state in self.states:
+            if isinstance(state, UpdateState) and same:
+                state.heed(alone=self.link.size == 1)
+        if not same and self.step == 0:
+            warnings.warn(
+                f"hvd_compress: at the first step the parameters differ between ranks (this is rank {self.link.rank}); "
+                "call hvd.broadcast_parameters(model.state_dict(), root_rank=0) before training",
+                stacklevel=6,
+            )
+        self._watch.remember(self._points())
 
     @property
     def dense_bytes(self) -> float:
@@ -268,6 +296,11 @@ class Reducer:
             state.finish()
         self.step += 1
         self.recorder.close_step()
+        self.stand()
+
+    def stand(self) -> None:
+        """The parameters stand where the algorithm wants them now."""
+        self._watch.remember(self._points())
 
     def drop_pass_counts(self) -> None:
         """Gradients stay local: only the counting of backward passes starts anew."""

@@ -154,6 +154,8 @@ class Keeper:
                     state.anchor()
             return
         reducer.step, reducer.local_steps_done = saved["step"], saved["local_steps_done"]
+        if reducer.algorithm.exchanges_updates:
+            reducer.build()  # needs no other rank here, and the next forward pass starts from the right point
         if reducer.states:
             self._restore(reducer.states, saved)
         else:

@@ -107,6 +107,21 @@ class UpdateState(BucketState):
     def place(self) -> None:
         """Write this rank's own point into the parameters."""
 
+    def heed(self, alone: bool) -> None:
+        """The parameters were rewritten, with the same values on all ranks: they are the shared model now.
+
+        Args:
+            alone: there is one rank only. Then it may as well have clipped its weights, so the shared
+                model moves by as much as the parameters, and what is held back stays in its place.
+        """
+        if not alone:
+            self.anchor()
+            return
+        rewritten = self.local.flat.to(self.shared.flat.dtype)
+        self.place()
+        self.shared.flat.add_(rewritten - self.local.flat.to(rewritten.dtype))
+        self.local.flat.copy_(rewritten)
+
     def resume(self, parameters: Tensor, known: bool) -> None:
         """The buffers have been restored; decide where the model stands.
 

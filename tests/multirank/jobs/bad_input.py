@@ -1,0 +1,131 @@
+"""Bad input is a clear error on every rank, before any collective of the exchange, and never a hang."""
+
+from __future__ import annotations
+
+import warnings
+
+import harness
+import horovod.torch as hvd
+import torch
+from common import network, raises, wrap
+from torch import nn
+
+import hvd_compress
+from hvd_compress import DEF, EF, Dense, DistributedOptimizer, RandomBlock
+
+RANKS = (2, 3)
+
+
+def sgd(model: nn.Module) -> torch.optim.SGD:
+    return torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+def attempt(model: nn.Module, compression: object = None, **kwargs: object) -> None:
+    wrap(model, sgd(model), Dense() if compression is None else compression, **kwargs)
+
+
+def check_values_of_compression() -> None:
+    model = network()
+    for density in (0, 2, float("nan"), -0.5):
+        raises(ValueError, "density", repr(density), call=lambda d=density: attempt(model, DEF(RandomBlock(density=d))))
+    raises(ValueError, "coefficient=1.5", "[0, 1]", call=lambda: attempt(model, DEF(RandomBlock(), 1.5)))
+    raises(ValueError, "Lossy", "EF(", call=lambda: attempt(model, Dense(RandomBlock())))
+    raises(ValueError, "RandomBlock", "EF(", call=lambda: attempt(model, RandomBlock()))
+    raises(ValueError, "compression='def'", call=lambda: attempt(model, "def"))
+
+
+def check_reduction() -> None:
+    model = network()
+    for compression in (DEF(RandomBlock()), EF(RandomBlock())):
+        raises(ValueError, "Adasum", "Average", call=lambda c=compression: attempt(model, c, op=hvd.Adasum))
+    raises(ValueError, "predivide", call=lambda: attempt(model, op=hvd.Sum, gradient_predivide_factor=2.0))
+    raises(ValueError, "predivide", call=lambda: attempt(model, gradient_predivide_factor=0.0))
+    raises(ValueError, "backward_passes_per_step must be > 0", call=lambda: attempt(model, backward_passes_per_step=0))
+    raises(ValueError, "op=", call=lambda: attempt(model, op=17))
+
+
+def check_names() -> None:
+    model = network()
+    same = [("a", p) for p in model.parameters()]
+    raises(ValueError, "must be unique", "a", call=lambda: DistributedOptimizer(sgd(model), named_parameters=same))
+    raises(
+        ValueError, "were not named",
+        call=lambda: DistributedOptimizer(sgd(model), named_parameters=list(model.named_parameters())[1:]),
+    )
+    raises(
+        ValueError, "sequence of tuples",
+        call=lambda: DistributedOptimizer(sgd(model), named_parameters=model.parameters()),
+    )
+
+
+def check_groups() -> None:
+    model = network()
+    raises(ValueError, "groups should be", call=lambda: attempt(model, groups=0))
+    raises(ValueError, "groups should be", call=lambda: attempt(model, groups="all"))
+    raises(ValueError, "torch.Tensor", call=lambda: attempt(model, groups=[["0.weight"]]))
+    p = next(model.parameters())
+    raises(ValueError, "only appear once", call=lambda: attempt(model, groups=[[p], [p]]))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        attempt(model, num_groups=2)
+    assert any(issubclass(w.category, DeprecationWarning) for w in caught)
+
+
+def check_wrapped_twice() -> None:
+    model = network()
+    once = wrap(model, sgd(model), Dense())
+    raises(ValueError, "already distributed", call=lambda: wrap(model, once, Dense()))
+
+
+def check_ranks_disagree_in_shape() -> None:
+    model = nn.Linear(3, 2 + (hvd.rank() == 1))
+    raises(ValueError, "rank 0 has", "rank 1 has", "weight", f"this is rank {hvd.rank()}", call=lambda: attempt(model))
+
+
+def check_ranks_disagree_in_number() -> None:
+    layers = [nn.Linear(3, 3) for _ in range(2 + (hvd.rank() == hvd.size() - 1))]
+    raises(ValueError, "rank 0 describes", f"rank {hvd.size() - 1}", call=lambda: attempt(nn.Sequential(*layers)))
+
+
+def check_ranks_disagree_in_order() -> None:
+    model = network()
+    named = list(model.named_parameters())
+    if hvd.rank() == 1:
+        named.reverse()
+    optimizer = torch.optim.SGD([p for _, p in named], lr=0.1)
+    raises(
+        ValueError, "order", "rank 1",
+        call=lambda: DistributedOptimizer(optimizer, named_parameters=named, compression=Dense()),
+    )
+
+
+def check_ranks_disagree_in_compression() -> None:
+    density = 0.5 if hvd.rank() == 0 else 0.25
+    raises(ValueError, "0.5", "0.25", call=lambda: attempt(network(), EF(RandomBlock(density=density))))
+
+
+def check_ranks_disagree_in_what_is_frozen() -> None:
+    model = network()
+    if hvd.rank() == 1:
+        next(model.parameters()).requires_grad_(False)
+    raises(ValueError, "requires_grad", "rank 1", call=lambda: attempt(model))
+
+
+def check_horovod_still_works_afterwards() -> None:
+    """Nothing above has left a collective behind, and a good optimizer still trains."""
+    model = network()
+    optimizer = wrap(model, sgd(model), DEF(RandomBlock(density=0.5)))
+    model(torch.ones(2, 5)).sum().backward()
+    optimizer.step()
+    assert float(hvd.allreduce(torch.ones(1), op=hvd.Sum, name="test.alive")) == hvd.size()
+
+
+def check_not_initialised() -> None:
+    hvd.shutdown()
+    model = network()
+    raises(ValueError, "hvd.init()", call=lambda: hvd_compress.DistributedOptimizer(sgd(model)))
+    hvd.init()
+
+
+if __name__ == "__main__":
+    harness.main(globals())

@@ -1,0 +1,280 @@
+"""Horovod's contract, row by row, for each kind of algorithm (arguments, hooks, synchronize, step)."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import harness
+import horovod.torch as hvd
+import torch
+from common import close, flat, loss_of, network, raises, same_everywhere, train, wrap
+from torch import nn
+
+from hvd_compress import DEF, EF, Dense, DistributedOptimizer, Identity, RandomBlock
+
+RANKS = (2, 3, 4)
+EXACT = (Dense(), EF(Identity()), DEF(Identity()))  # equal to data-parallel training
+LOSSY = (EF(RandomBlock(density=0.25)), DEF(RandomBlock(density=0.25)))
+
+
+def sgd(model: nn.Module, lr: float = 0.1, **kwargs: Any) -> torch.optim.SGD:
+    return torch.optim.SGD(model.parameters(), lr=lr, **kwargs)
+
+
+def mean_gradients(model: nn.Module, steps: tuple[int, ...] = (0,)) -> list[torch.Tensor]:
+    """Mean over ranks of the summed gradients of some batches, computed plainly."""
+    twin = network()
+    twin.load_state_dict(model.state_dict())
+    for t in steps:
+        loss_of(twin, hvd.rank(), t).backward()
+    return [hvd.allreduce(p.grad, name=f"test.plain.{n}") for n, p in twin.named_parameters()]
+
+
+def check_class_and_attributes() -> None:
+    for compression in (*EXACT, *LOSSY):
+        model = network()
+        plain = sgd(model, momentum=0.9)
+        optimizer = wrap(model, plain, compression)
+        assert isinstance(optimizer, torch.optim.SGD)
+        assert type(optimizer).__name__ == "SGD"
+        assert optimizer._parameter_names == {p: n for n, p in model.named_parameters()}
+        assert optimizer.defaults["lr"] == 0.1, "the user's defaults, for groups added later"
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=10)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            train(model, optimizer, 2, lambda t: 0.1)
+            scheduler.step()
+    model = network()
+    optimizer = DistributedOptimizer(sgd(model))
+    assert sorted(optimizer._parameter_names.values()) == [f"allreduce.noname.0.{j}" for j in range(4)]
+    named = [*model.named_parameters(), ("extra", nn.Parameter(torch.zeros(2)))]
+    DistributedOptimizer(sgd(model), named_parameters=named)
+
+
+def check_synchronize_leaves_the_aggregate() -> None:
+    for compression in (Dense(), EF(Identity())):
+        for op, factor in ((hvd.Average, 1.0), (hvd.Sum, float(hvd.size()))):
+            model = network()
+            expected = mean_gradients(model)
+            optimizer = wrap(model, sgd(model), compression, op=op)
+            loss_of(model, hvd.rank(), 0).backward()
+            optimizer.synchronize()
+            for p, mean in zip(model.parameters(), expected):
+                close(p.grad, mean * factor, 1e-6, f"p.grad with {compression}, op={op}")
+
+
+def check_sum_is_average_times_size() -> None:
+    """Also for updates: training with Sum at lr is training with Average at P * lr, bitwise up to rounding."""
+    for compression in (*EXACT, *LOSSY):
+        results = []
+        for op, lr in ((hvd.Average, 0.01 * hvd.size()), (hvd.Sum, 0.01)):
+            model = network(torch.float64)
+            optimizer = wrap(model, sgd(model, momentum=0.9), compression, op=op)
+            train(model, optimizer, 20, lambda t, lr=lr: lr)
+            with optimizer.consensus():
+                results.append(flat(model))
+        close(results[1], results[0], 1e-9, f"x with {compression}")
+
+
+def check_predivide() -> None:
+    for compression in (*EXACT, *LOSSY):
+        results = []
+        for factor in (1.0, 4.0):
+            model = network(torch.float64)
+            optimizer = wrap(model, sgd(model), compression, gradient_predivide_factor=factor, groups=2)
+            train(model, optimizer, 10, lambda t: 0.1)
+            results.append(flat(model))
+        close(results[1], results[0], 1e-12, f"parameters with {compression}")
+
+
+def check_backward_passes_per_step() -> None:
+    for compression in EXACT:
+        model = network()
+        expected = mean_gradients(model, (0, 1, 2))
+        before = [p.detach().clone() for p in model.parameters()]
+        optimizer = wrap(model, sgd(model), compression, backward_passes_per_step=2)
+        optimizer.set_backward_passes_per_step(3)
+        assert optimizer.backward_passes_per_step == 3
+        for t in range(3):
+            loss_of(model, hvd.rank(), t).backward()
+        extra = loss_of(model, hvd.rank(), 3)
+        raises(AssertionError, "backward_passes_per_step", "parameter '", call=extra.backward)
+        # The gradient of the refused pass has been added by torch already; take it away again.
+        optimizer.set_backward_passes_per_step(3)
+        for p in model.parameters():
+            p.grad = None
+        for t in range(3):
+            loss_of(model, hvd.rank(), t).backward()
+        optimizer.step()
+        for p, b, mean in zip(model.parameters(), before, expected):
+            close(p.detach(), b - 0.1 * mean, 1e-6, f"parameters with {compression}")
+        optimizer.zero_grad()
+        loss_of(model, hvd.rank(), 0).backward()  # stepping before the passes are complete is allowed
+        optimizer.step()
+
+
+def check_groups_change_nothing() -> None:
+    for compression in (*EXACT, *LOSSY):
+        results = []
+        for form in (None, 1, 3, "lists"):
+            model = network()
+            p = list(model.parameters())
+            groups: Any = [[p[0], p[3]], [p[1]]] if form == "lists" else form
+            optimizer = wrap(model, sgd(model, momentum=0.9), compression, groups=groups)
+            train(model, optimizer, 10, lambda t: 0.1)
+            results.append(flat(model))
+        for other in results[1:]:
+            close(other, results[0], 1e-6, f"parameters with {compression}")
+
+
+def check_clipping_between_synchronize_and_step() -> None:
+    for compression in (*EXACT, *LOSSY):
+        model = network()
+        optimizer = wrap(model, sgd(model), compression)
+        for t in range(3):
+            optimizer.zero_grad()
+            loss_of(model, hvd.rank(), t).backward()
+            optimizer.synchronize()
+            before = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+            after = torch.linalg.vector_norm(torch.cat([p.grad.flatten() for p in model.parameters()]))
+            assert after < 1.01e-3 < before
+            with warnings.catch_warnings(), optimizer.skip_synchronize():
+                warnings.simplefilter("error")
+                optimizer.step()
+        with optimizer.consensus():
+            same_everywhere(flat(model), "x")
+            close(flat(model), flat(network()), 3 * 0.1 * 1.1e-3, "three clipped steps are short")
+
+
+def check_step_after_synchronize_warns() -> None:
+    for compression in (*EXACT, *LOSSY):
+        results = []
+        for twice in (False, True):
+            model = network()
+            optimizer = wrap(model, sgd(model), compression)
+            loss_of(model, hvd.rank(), 0).backward()
+            if twice:
+                optimizer.synchronize()
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                optimizer.step()
+            assert twice == any("skip_synchronize" in str(w.message) for w in caught)
+            results.append(flat(model))
+        assert torch.equal(results[0], results[1]), "a second synchronize() must not count gradients twice"
+
+
+def check_zero_grad() -> None:
+    for compression in (*EXACT, *LOSSY):
+        results = []
+        for to_none in (True, False):
+            model = network()
+            optimizer = wrap(model, sgd(model, momentum=0.9), compression)
+            for t in range(5):
+                optimizer.zero_grad(set_to_none=to_none)
+                if t:
+                    assert all((p.grad is None) == to_none for p in model.parameters())
+                    assert to_none or all(not p.grad.any() for p in model.parameters())
+                loss_of(model, hvd.rank(), t).backward()
+                raises(AssertionError, "race condition", call=optimizer.zero_grad)
+                optimizer.step()
+            results.append(flat(model))
+        assert torch.equal(results[0], results[1]), f"set_to_none changes the result of {compression}"
+
+
+def check_closures() -> None:
+    for compression in (*EXACT, *LOSSY):
+        results = []
+        for with_closure in (False, True):
+            model = network()
+            optimizer = wrap(model, sgd(model, momentum=0.9), compression)
+            for t in range(5):
+                def closure(t: int = t, model: nn.Module = model, optimizer: Any = optimizer) -> torch.Tensor:
+                    optimizer.zero_grad()
+                    loss = loss_of(model, hvd.rank(), t)
+                    loss.backward()
+                    return loss
+
+                if with_closure:
+                    loss = optimizer.step(closure)
+                    assert loss is not None
+                else:
+                    closure()
+                    optimizer.step()
+            results.append(flat(model))
+        assert torch.equal(results[0], results[1]), f"a closure changes the result of {compression}"
+
+
+def check_lbfgs_closure_keeps_ranks_together() -> None:
+    model = network()
+    optimizer = wrap(model, torch.optim.LBFGS(model.parameters(), line_search_fn="strong_wolfe"), Dense())
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = loss_of(model, hvd.rank(), 0)
+        loss.backward()
+        return loss
+
+    losses = [float(optimizer.step(closure)) for _ in range(3)]
+    assert losses[-1] < losses[0] / 2
+    same_everywhere(flat(model), "parameters")
+
+
+def check_step_hooks_fire_once() -> None:
+    for compression in (*EXACT, *LOSSY):
+        model = network()
+        optimizer = wrap(model, sgd(model), compression)
+        seen: list[str] = []
+        optimizer.register_step_pre_hook(lambda *a: seen.append("pre"))  # noqa: B023
+        optimizer.register_step_post_hook(lambda *a: seen.append("post"))  # noqa: B023
+        train(model, optimizer, 2, lambda t: 0.1)
+        assert seen == ["pre", "post"] * 2, seen
+
+
+def check_post_hook_sees_the_exchanged_model() -> None:
+    model = network()
+    optimizer = wrap(model, sgd(model), DEF(RandomBlock(density=1.0)))
+    optimizer.register_step_post_hook(lambda *a: same_everywhere(flat(model), "parameters in a post hook"))
+    train(model, optimizer, 2, lambda t: 0.1)
+
+
+def check_one_optimizer_for_each_of_two_models() -> None:
+    """Switching requires_grad between steps, as adversarial training does; names occur twice."""
+    for compression in (*EXACT, *LOSSY):
+        models = [network(), network(seed=1)]
+        optimizers = [wrap(m, sgd(m), compression) for m in models]
+        for t in range(4):
+            active = t % 2
+            for k, model in enumerate(models):
+                for p in model.parameters():
+                    p.requires_grad_(k == active)
+            optimizers[active].zero_grad()
+            loss_of(models[active], hvd.rank(), t).backward()
+            optimizers[active].step()
+        for model, optimizer in zip(models, optimizers):
+            with optimizer.consensus():
+                same_everywhere(flat(model), "x")
+
+
+def check_order_of_hooks_does_not_matter() -> None:
+    for compression in (*EXACT, *LOSSY):
+        results = []
+        for shuffled in (False, True):
+            torch.manual_seed(0)
+            parameters = nn.ParameterList([nn.Parameter(torch.randn(40)) for _ in range(6)])
+            optimizer = wrap(parameters, sgd(parameters), compression, groups=3)
+            for _ in range(6):
+                optimizer.zero_grad()
+                order = list(parameters)
+                if shuffled and hvd.rank() % 2:
+                    order.reverse()
+                for k, p in enumerate(order):  # one backward each: the hooks fire in just this order
+                    index = len(order) - 1 - k if shuffled and hvd.rank() % 2 else k
+                    ((p * (index + 1 + hvd.rank())) ** 2).mean().backward()
+                optimizer.step()
+            results.append(flat(parameters))
+        assert torch.equal(results[0], results[1]), f"order changes the result of {compression}"
+
+
+if __name__ == "__main__":
+    harness.main(globals())

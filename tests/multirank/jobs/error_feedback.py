@@ -1,0 +1,106 @@
+"""EF and Dense against their numpy references."""
+
+from __future__ import annotations
+
+import harness
+import horovod.torch as hvd
+import reference
+import torch
+from common import close, flat, joined, loss_of, network, same_everywhere, saved, train, wrap
+
+from hvd_compress import EF, Cast, Dense, Identity, RandomBlock
+
+RANKS = (1, 2, 3, 4)
+STEPS = 100
+BLOCK = RandomBlock(density=1 / 4, seed=5)
+
+
+def schedule(t: int) -> float:
+    return 0.0 if t == 0 else 0.02 if t < STEPS // 2 else 0.002 * (1 + t % 3)
+
+
+def sgd(model: torch.nn.Module, momentum: float = 0.9) -> torch.optim.SGD:
+    return torch.optim.SGD(model.parameters(), lr=0.02, momentum=momentum, weight_decay=1e-2, nesterov=momentum > 0)
+
+
+def check_equals_reference() -> None:
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
+        for rescale in (True, False):
+            model = network(dtype)
+            optimizer = wrap(model, sgd(model), EF(BLOCK, rescale_residual=rescale))
+            history = []
+            train(model, optimizer, STEPS, schedule, after_step=lambda t: history.append(flat(model)))  # noqa: B023
+            same_everywhere(torch.cat(history), "parameters at some step")
+            run = reference.error_feedback(
+                hvd.size(), STEPS, BLOCK.selection, schedule, lambda: reference.SGD(0.9, 1e-2, True), rescale
+            )
+            close(flat(model), joined(run.x), tolerance, f"x, {dtype}, rescale={rescale}")
+            unit = next(iter(optimizer.state_dict()["hvd_compress"]["scalars"].values()))["unit"]
+            residual = saved(optimizer, "residual") / unit
+            close(residual, joined(run.e[hvd.rank()]), 100 * tolerance, f"e, {dtype}, {rescale}")
+
+
+def check_mass_identity() -> None:
+    """Without momentum: y = x - eta * mean e obeys y_{t+1} = y_t - eta_t * mean_k g_k."""
+    model = network(torch.float64)
+    optimizer = wrap(model, torch.optim.SGD(model.parameters(), lr=0.02), EF(BLOCK))
+
+    def rate(t: int) -> float:
+        return 0.02 if t < STEPS // 2 else 0.002
+
+    for t in range(STEPS):
+        optimizer.param_groups[0]["lr"] = rate(t)
+        with optimizer.consensus("virtual"):
+            # The residual is owed in update units: a change of the rate alone does not move y.
+            before = flat(model) if t == 0 else after  # noqa: F821
+        optimizer.zero_grad()
+        loss_of(model, hvd.rank(), t).backward()
+        gradient = torch.cat([p.grad.reshape(-1) for p in model.parameters()])
+        mean = hvd.allreduce(gradient, name="test.mean")
+        optimizer.step()
+        with optimizer.consensus("virtual"):
+            after = flat(model)
+        close(after, before - rate(t) * mean, 1e-13, f"y at step {t}")
+
+
+def check_dense_and_identity_are_data_parallel() -> None:
+    run = reference.data_parallel(hvd.size(), STEPS, schedule, lambda: reference.SGD(0.9, 1e-2, True))
+    for compression in (Dense(), EF(Identity()), EF(RandomBlock(1.0)), hvd.Compression.none):
+        model = network()
+        train(model, wrap(model, sgd(model), compression), STEPS, schedule)
+        close(flat(model), joined(run.x), 1e-5, f"x with {compression}")
+        same_everywhere(flat(model), "x")
+
+
+def check_half_precision_on_the_wire() -> None:
+    run = reference.data_parallel(hvd.size(), STEPS, schedule, lambda: reference.SGD(0.9, 1e-2, True))
+    errors = {}
+    for name, compression in {"ef": EF(Cast()), "none": hvd.Compression.fp16}.items():
+        model = network()
+        optimizer = wrap(model, sgd(model), compression)
+        train(model, optimizer, STEPS, schedule)
+        same_everywhere(flat(model), "x")
+        wanted = torch.from_numpy(joined(run.x))
+        errors[name] = float((flat(model) - wanted).norm() / wanted.norm())
+        assert errors[name] < 2e-3, (name, errors)
+        expected = 2.0 if hvd.size() > 1 else 1.0
+        assert abs(optimizer.stats().ratio - expected) < 1e-6
+
+
+def check_low_precision_parameters() -> None:
+    """bfloat16 and float16 parameters: gradients in their dtype, residual in float32, same bits everywhere."""
+    for dtype in (torch.bfloat16, torch.float16):
+        for compression in (Dense(), EF(BLOCK), EF(Cast()), hvd.Compression.fp16):
+            model = network(dtype)
+            optimizer = wrap(model, sgd(model), compression)
+            first = float(loss_of(model, hvd.rank(), 0).detach())
+            train(model, optimizer, 60, lambda t: 0.05)
+            assert all(p.grad.dtype == dtype for p in model.parameters())
+            for tensor in optimizer.state_dict()["hvd_compress"]["buffers"].get("residual", {}).values():
+                assert tensor.dtype == torch.float32
+            same_everywhere(flat(model).float(), f"x in {dtype} with {compression}")
+            assert float(loss_of(model, hvd.rank(), 0).detach()) < first
+
+
+if __name__ == "__main__":
+    harness.main(globals())

@@ -1,0 +1,100 @@
+"""GradScaler: an infinite gradient on any rank skips the step on all ranks and leaves every residual alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import harness
+import horovod.torch as hvd
+import torch
+from common import close, flat, loss_of, network, same_everywhere, saved, wrap
+
+from hvd_compress import DEF, EF, Dense, Identity, RandomBlock
+
+RANKS = (1, 2, 3)
+ALL = (Dense(), EF(Identity()), DEF(Identity()), EF(RandomBlock(density=0.25)), DEF(RandomBlock(density=0.25)))
+SCALE = 2.0**10
+
+
+def step(model: Any, optimizer: Any, scaler: Any, t: int, recipe: bool, infinite: bool = False) -> None:
+    """One scaled step, by Horovod's recipe (synchronize, unscale, clip, step) or by torch's plain one."""
+    optimizer.zero_grad()
+    loss = loss_of(model, hvd.rank(), t)
+    if infinite:
+        loss = loss * float("inf")
+    scaler.scale(loss).backward()
+    if recipe:
+        optimizer.synchronize()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 100.0)
+        with optimizer.skip_synchronize():
+            scaler.step(optimizer)
+    else:
+        scaler.step(optimizer)
+    scaler.update()
+
+
+def check_scaled_training_equals_unscaled() -> None:
+    for compression in ALL:
+        for recipe in (True, False):
+            model, plain = network(torch.float64), network(torch.float64)
+            optimizer = wrap(model, torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9), compression)
+            twin = wrap(plain, torch.optim.SGD(plain.parameters(), lr=0.05, momentum=0.9), compression)
+            scaler = torch.amp.GradScaler("cpu", init_scale=SCALE, growth_interval=3)  # grows: 2^10 .. 2^13
+            for t in range(10):
+                step(model, optimizer, scaler, t, recipe)
+                twin.zero_grad()
+                loss_of(plain, hvd.rank(), t).backward()
+                twin.step()
+            assert scaler.get_scale() > SCALE
+            close(flat(model), flat(plain), 1e-9, f"parameters with {compression}, recipe={recipe}")
+            if compression != Dense():
+                close(saved(optimizer, "residual") + 1, saved(twin, "residual") + 1, 1e-9, "residual")
+
+
+def check_overflow_on_one_rank_skips_everywhere() -> None:
+    for compression in ALL:
+        for recipe in (True, False):
+            model = network()
+            optimizer = wrap(model, torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9), compression)
+            scaler = torch.amp.GradScaler("cpu", init_scale=SCALE)
+            for t in range(3):
+                step(model, optimizer, scaler, t, recipe)
+            before = flat(model)
+            owed = saved(optimizer, "residual") if compression != Dense() else before
+            steps = optimizer.stats().steps
+            step(model, optimizer, scaler, 3, recipe, infinite=hvd.rank() == hvd.size() - 1)
+            assert torch.equal(flat(model), before), f"parameters moved with {compression}, recipe={recipe}"
+            if compression != Dense():
+                assert torch.equal(saved(optimizer, "residual"), owed), f"residual touched by {compression}"
+            assert optimizer.stats().steps == steps
+            same_everywhere(torch.tensor([scaler.get_scale()]), "loss scale")
+            assert scaler.get_scale() == SCALE / 2, f"{scaler.get_scale()} with {compression}, recipe={recipe}"
+            for t in range(4, 6):
+                step(model, optimizer, scaler, t, recipe)
+            assert torch.isfinite(flat(model)).all()
+            with optimizer.consensus():
+                same_everywhere(flat(model), "x")
+
+
+def check_scaled_and_unscaled_steps_mix() -> None:
+    for compression in (EF(RandomBlock(density=0.25)), DEF(RandomBlock(density=0.25))):
+        model, plain = network(torch.float64), network(torch.float64)
+        optimizer = wrap(model, torch.optim.SGD(model.parameters(), lr=0.05), compression)
+        twin = wrap(plain, torch.optim.SGD(plain.parameters(), lr=0.05), compression)
+        scaler = torch.amp.GradScaler("cpu", init_scale=SCALE)
+        for t in range(8):
+            if t % 2:
+                step(model, optimizer, scaler, t, recipe=True)
+            else:
+                optimizer.zero_grad()
+                loss_of(model, hvd.rank(), t).backward()
+                optimizer.step()
+            twin.zero_grad()
+            loss_of(plain, hvd.rank(), t).backward()
+            twin.step()
+        close(flat(model), flat(plain), 1e-9, f"parameters with {compression}")
+
+
+if __name__ == "__main__":
+    harness.main(globals())

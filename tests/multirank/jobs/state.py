@@ -1,0 +1,288 @@
+"""Checkpoints, broadcasts, elastic save and restore, consensus, flush, join, replicas."""
+
+from __future__ import annotations
+
+import copy
+import io
+import os
+import warnings
+from typing import Any
+
+import harness
+import horovod.torch as hvd
+import torch
+from common import close, flat, loss_of, network, raises, same_everywhere, saved, train, wrap
+from horovod.torch.elastic import TorchState
+
+from hvd_compress import DEF, EF, Dense, Identity, RandomBlock
+
+RANKS = (1, 2, 3, 4)
+BLOCK = RandomBlock(density=0.25)
+LOSSY = (EF(BLOCK), DEF(BLOCK), DEF(BLOCK, 0.0), DEF(BLOCK, "auto"))
+
+
+def make(compression: Any, dtype: torch.dtype = torch.float32, seed: int = 0, **kwargs: Any) -> tuple[Any, Any]:
+    model = network(dtype, seed)
+    settings = {"lr": 0.05, "momentum": 0.9, **kwargs}
+    return model, wrap(model, torch.optim.SGD(model.parameters(), **settings), compression)
+
+
+def rate(t: int) -> float:
+    return 0.05 / (1 + t // 7)
+
+
+def through_a_file(value: Any) -> Any:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+def check_resume_is_bit_exact() -> None:
+    """Saved at x (consensus) or at z, model loaded first: the run goes on as if never interrupted."""
+    for compression in LOSSY:
+        for at_consensus in (True, False):
+            model, optimizer = make(compression)
+            train(model, optimizer, 10, rate)
+            if at_consensus:
+                with optimizer.consensus():
+                    weights = through_a_file(model.state_dict())
+            else:
+                weights = through_a_file(model.state_dict())
+            state = through_a_file(optimizer.state_dict())
+            train(model, optimizer, 10, rate, first=10)
+
+            again, resumed = make(compression, seed=1)
+            again.load_state_dict(weights)
+            resumed.load_state_dict(state)
+            train(again, resumed, 10, rate, first=10)
+            what = f"{compression}, at_consensus={at_consensus}"
+            assert torch.equal(flat(again), flat(model)), what
+            assert torch.equal(saved(resumed, "residual"), saved(optimizer, "residual")), what
+            with resumed.consensus():
+                same_everywhere(flat(again), f"x after resuming, {what}")
+
+
+def check_load_into_a_running_optimizer() -> None:
+    for compression in LOSSY:
+        model, optimizer = make(compression)
+        train(model, optimizer, 5, rate)
+        with optimizer.consensus():
+            weights = copy.deepcopy(model.state_dict())
+        state = copy.deepcopy(optimizer.state_dict())
+        point = flat(model)
+        train(model, optimizer, 5, rate, first=5)
+        end = flat(model)
+        model.load_state_dict(weights)
+        optimizer.load_state_dict(state)
+        assert torch.equal(flat(model), point), "the parameters stand where they stood, not at x"
+        train(model, optimizer, 5, rate, first=5)
+        assert torch.equal(flat(model), end), f"{compression}"
+
+
+def check_plain_torch_state_empties_the_residual() -> None:
+    for compression in LOSSY:
+        model, optimizer = make(compression)
+        train(model, optimizer, 5, rate)
+        assert optimizer.stats().residual_norm > 0
+        plain = torch.optim.SGD(network().parameters(), lr=0.05, momentum=0.9)
+        optimizer.load_state_dict(plain.state_dict())
+        assert optimizer.stats().residual_norm == 0
+
+
+def check_state_is_readable_by_the_plain_optimizer() -> None:
+    for kwargs in ({}, {"momentum": 0.0}):
+        for compression in (Dense(), *LOSSY):
+            model, optimizer = make(compression, **kwargs)
+            train(model, optimizer, 3, rate)
+            plain = torch.optim.SGD(network().parameters(), lr=0.05, momentum=kwargs.get("momentum", 0.9))
+            plain.load_state_dict(optimizer.state_dict())
+            optimizer.load_state_dict(optimizer.state_dict())
+            train(model, optimizer, 2, rate, first=3)
+
+
+def check_another_ranks_residual_is_refused() -> None:
+    if hvd.size() == 1:
+        return
+    model, optimizer = make(DEF(BLOCK))
+    train(model, optimizer, 5, rate)
+    state = hvd.broadcast_object(optimizer.state_dict(), root_rank=0)
+    again, resumed = make(DEF(BLOCK))
+    train(again, resumed, 1, rate)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        resumed.load_state_dict(state)
+    refused = any("residual of rank 0" in str(w.message) and "flush()" in str(w.message) for w in caught)
+    assert refused == (hvd.rank() != 0)
+    assert (resumed.stats().residual_norm > 0) == (hvd.rank() == 0)
+    with optimizer.consensus(), resumed.consensus():
+        assert torch.equal(saved(resumed, "shared"), saved(optimizer, "shared"))
+
+
+def check_wrong_shapes_are_refused() -> None:
+    model, optimizer = make(DEF(BLOCK))
+    train(model, optimizer, 1, rate)
+    state = copy.deepcopy(optimizer.state_dict())
+    state["hvd_compress"]["buffers"]["residual"]["0.bias"] = torch.zeros(9)
+    raises(ValueError, "0.bias", "(9,)", "(7,)", call=lambda: optimizer.load_state_dict(state))
+
+
+def check_broadcast_of_optimizer_state() -> None:
+    """Only rank 0 has restored a state: nobody hangs, momenta spread, and residuals stay their ranks' own."""
+    for compression in (Dense(), *LOSSY):
+        for momentum in (0.9, 0.0):
+            model, optimizer = make(compression, momentum=momentum)
+            if hvd.rank() == 0:
+                twin = network()
+                plain = torch.optim.SGD(twin.parameters(), lr=0.02, momentum=momentum)
+                loss_of(twin, 0, 0).backward()
+                plain.step()
+                optimizer.load_state_dict(plain.state_dict())
+                model.load_state_dict(twin.state_dict())
+            hvd.broadcast_parameters(model.state_dict(), root_rank=0)
+            hvd.broadcast_optimizer_state(optimizer, root_rank=0)
+            if momentum:
+                assert optimizer.param_groups[0]["lr"] == 0.02
+                same_everywhere(optimizer.state[model[0].weight]["momentum_buffer"].flatten(), "momentum")
+            train(model, optimizer, 5, rate)
+            with optimizer.consensus():
+                same_everywhere(flat(model), f"x with {compression}")
+            if compression == Dense():
+                continue
+            owed = saved(optimizer, "residual")
+            hvd.broadcast_parameters(model.state_dict(), root_rank=0)
+            hvd.broadcast_optimizer_state(optimizer, root_rank=0)
+            assert torch.equal(saved(optimizer, "residual"), owed), "a broadcast must not touch residuals"
+
+
+def check_parameters_broadcast_in_mid_training_become_the_model() -> None:
+    if hvd.size() == 1:
+        return
+    for compression in LOSSY:
+        model, optimizer = make(compression)
+        train(model, optimizer, 5, rate)
+        owed = saved(optimizer, "residual")
+        if hvd.rank() == 0:
+            model.load_state_dict(network(seed=4).state_dict())
+        hvd.broadcast_parameters(model.state_dict(), root_rank=0)
+        with optimizer.consensus():
+            assert torch.equal(flat(model), flat(network(seed=4))), f"x with {compression}"
+        assert torch.equal(saved(optimizer, "residual"), owed)
+        train(model, optimizer, 1, lambda t: 0.0, first=5)
+        hvd.broadcast_parameters(model.state_dict(), root_rank=0)  # of rank 0's own point: nothing was loaded
+        point = flat(model)
+        train(model, optimizer, 1, lambda t: 0.0, first=6)
+        with optimizer.consensus():
+            same_everywhere(flat(model), f"x with {compression}")
+            close(flat(model), point, 0.2, f"x stays near what was broadcast, {compression}")
+
+
+def check_weights_changed_by_each_rank_are_part_of_its_update() -> None:
+    """Clipping weights after every step, as Wasserstein GANs do, is no reason to take one rank's for the model."""
+    model, optimizer = make(DEF(BLOCK))
+    for t in range(20):
+        train(model, optimizer, 1, rate, first=t)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.clamp_(-0.1, 0.1)
+    with optimizer.consensus():
+        same_everywhere(flat(model), "x")
+        assert torch.isfinite(flat(model)).all()
+    with optimizer.consensus("virtual"):
+        # The last clipping has not been exchanged: one step of slack.
+        assert flat(model).abs().max() < 0.2
+
+
+def check_elastic_save_restore_sync() -> None:
+    for compression in LOSSY:
+        model, optimizer = make(compression)
+        state = TorchState(model=model, optimizer=optimizer, batch=0)
+        state.sync()
+        train(model, optimizer, 5, rate)
+        state.save()
+        point, owed = flat(model), saved(optimizer, "residual")
+        train(model, optimizer, 3, rate, first=5)
+        end = flat(model)
+        state.restore()
+        assert torch.equal(flat(model), point)
+        assert torch.equal(saved(optimizer, "residual"), owed)
+        train(model, optimizer, 3, rate, first=5)
+        assert torch.equal(flat(model), end), f"restored run differs with {compression}"
+        owed = saved(optimizer, "residual")
+        state.sync()
+        assert torch.equal(saved(optimizer, "residual"), owed), "sync leaves a survivor's residual alone"
+        train(model, optimizer, 3, rate, first=8)
+        with optimizer.consensus():
+            same_everywhere(flat(model), f"x after sync, {compression}")
+
+
+def check_consensus() -> None:
+    for compression in (Dense(), *LOSSY):
+        model, optimizer = make(compression)
+        with optimizer.consensus():
+            assert torch.equal(flat(model), flat(network())), "before the first step x is the model"
+        train(model, optimizer, 4, rate)
+        point = flat(model)
+        for name in ("shared", "virtual"):
+            with optimizer.consensus(point=name):
+                same_everywhere(flat(model), name)
+                raises(RuntimeError, "consensus", call=optimizer.step)
+                raises(RuntimeError, "consensus", call=lambda o=optimizer: o.consensus().__enter__())
+            assert torch.equal(flat(model), point), "bitwise back"
+            raises(KeyError, call=lambda o=optimizer, n=name: fail_inside(o, n))
+            assert torch.equal(flat(model), point), "bitwise back after an exception"
+        raises(ValueError, "point='mine'", call=lambda o=optimizer: o.consensus("mine").__enter__())
+        optimizer.zero_grad()
+        loss_of(model, hvd.rank(), 4).backward()
+        if hvd.size() > 1:
+            raises(RuntimeError, "between loss.backward()", call=lambda o=optimizer: o.consensus().__enter__())
+        optimizer.step()
+
+
+def fail_inside(optimizer: Any, name: str) -> None:
+    with optimizer.consensus(name):
+        raise KeyError(name)
+
+
+def check_flush_empties_residuals_into_the_model() -> None:
+    for compression in LOSSY:
+        model, optimizer = make(compression, torch.float64)
+        train(model, optimizer, 6, rate)
+        with optimizer.consensus("virtual"):
+            wanted = flat(model)
+        optimizer.flush()
+        close(flat(model), wanted, 1e-13, f"parameters with {compression}")
+        same_everywhere(flat(model), "parameters")
+        assert optimizer.stats().residual_norm == 0
+        train(model, optimizer, 2, rate, first=6)
+
+
+def check_joined_ranks_do_not_stop_random_blocks() -> None:
+    if hvd.size() == 1:
+        return
+    for compression in (EF(BLOCK), DEF(BLOCK), Dense(), DEF(Identity())):
+        model, optimizer = make(compression)
+        train(model, optimizer, 3 + 2 * hvd.rank(), rate)
+        hvd.join()
+        assert torch.isfinite(flat(model)).all()
+
+
+def check_replica_check_stops_every_rank() -> None:
+    os.environ["HVD_COMPRESS_CHECK_REPLICAS"] = "1"
+    model, optimizer = make(DEF(BLOCK))
+    del os.environ["HVD_COMPRESS_CHECK_REPLICAS"]
+    assert optimizer.check_replicas
+    train(model, optimizer, 3, rate)
+    if hvd.size() == 1:
+        return
+    shared = optimizer.state_dict()["hvd_compress"]["buffers"]["shared"]["2.weight"]
+    if hvd.rank() == hvd.size() - 1:
+        shared[0, 0] += 1e-6
+    raises(
+        RuntimeError, "replicas differ", "'2.weight'", f"[{hvd.size() - 1}]",
+        call=lambda: train(model, optimizer, 1, rate, first=3),
+    )
+
+
+if __name__ == "__main__":
+    harness.main(globals())
