@@ -108,6 +108,8 @@ class _DistributedOptimizer(torch.optim.Optimizer):
     """Methods of the dynamic class; ``_hvd_base`` is the wrapped optimizer's own class."""
 
     _hvd_base: Any
+    grad_scale: Any  # set by GradScaler.step for the duration of a step, like found_inf
+    found_inf: Any
     # GradScaler then always calls step(), on every rank, and leaves it to us to skip: see ``_agree_to_skip``.
     _step_supports_amp_scaling = True
 
@@ -228,10 +230,11 @@ class _DistributedOptimizer(torch.optim.Optimizer):
             if self._reducer.scaler is not None:
                 amp.mark_overflow(self._reducer.scaler, self)
             return True
-        scale = getattr(self, "grad_scale", None)
-        if scale is not None and not self._base_supports_amp:
-            gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-            torch._foreach_mul_(gradients, 1.0 / float(scale))
+        if not self._base_supports_amp:
+            if self.grad_scale is not None:
+                gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+                torch._foreach_mul_(gradients, 1.0 / float(self.grad_scale))
+            self.grad_scale = self.found_inf = None  # done; torch's plain optimizers refuse to see them
         return False
 
     def zero_grad(self, set_to_none: bool = True) -> None:

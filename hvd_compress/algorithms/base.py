@@ -105,7 +105,7 @@ class UpdateState(BucketState):
 
     @abc.abstractmethod
     def place(self) -> None:
-        """Write this rank's own point into the parameters."""
+        """Write this rank's own point, as it was last chosen, into the parameters."""
 
     def heed(self, alone: bool) -> None:
         """The parameters were rewritten, with the same values on all ranks: they are the shared model now.

@@ -119,7 +119,6 @@ class _DEFState(UpdateState):
         self._placed = 0.0
 
     def place(self) -> None:
-        self._placed = self.coefficient
         stand(self.shared.flat, self._residual.flat, self._placed, self.local.flat)
 
     def _gain_and_decay(self, lr: float) -> tuple[float, float]:

@@ -55,7 +55,8 @@ def launch(
     with tempfile.TemporaryDirectory(prefix="hvd_compress-") as directory:
         settings = {
             **os.environ, "OMP_NUM_THREADS": "1", "HVD_COMPRESS_NOTES": directory, "PYTHONPATH": str(HERE),
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONUNBUFFERED": "1", **(env or {}),
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONUNBUFFERED": "1",
+            "HOROVOD_DYNAMIC_PROCESS_SETS": "1", **(env or {}),
         }
         process = subprocess.Popen(
             command(launcher, ranks, directory, argv), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
