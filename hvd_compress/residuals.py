@@ -49,19 +49,15 @@ def may_restore_residual(saved: Mapping[str, Any], owner: str, rank: int, size: 
     return False
 
 
-def restore(states: Sequence[State], saved: Mapping[str, Any], with_residual: bool) -> list[State]:
+def restore(states: Sequence[State], saved: Mapping[str, Any]) -> list[State]:
     """Copy saved buffers and scalars back; returns the states whose shared model was found.
 
-    Buffers that are not in ``saved`` (a parameter added since) are left as they are; so are residuals
-    unless ``with_residual``, which are then set to zero.
+    Buffers that are not in ``saved`` (a parameter added since) are left as they are.
     """
     restored = []
     for state in states:
         names = state.bucket.layout.names
         for kind, mirror in state.buffers().items():
-            if kind != "shared" and not with_residual:
-                mirror.flat.zero_()
-                continue
             stored = saved["buffers"].get(kind, {})
             for name, view in zip(names, mirror.views):
                 source: Optional[Tensor] = stored.get(name)
@@ -80,6 +76,15 @@ def restore(states: Sequence[State], saved: Mapping[str, Any], with_residual: bo
         if scalars is not None:
             state.load_scalars(scalars)
     return restored
+
+
+def _empty(state: State) -> None:
+    """Forget what is held back; a rank's own point is then the shared model."""
+    for kind, mirror in state.buffers().items():
+        if kind != "shared":
+            mirror.flat.zero_()
+    if isinstance(state, UpdateState):
+        state.place()
 
 
 class Keeper:
@@ -147,11 +152,9 @@ class Keeper:
         self._unclaimed = None
         if saved is None:
             for state in reducer.states:
-                for kind, mirror in state.buffers().items():
-                    if kind != "shared":
-                        mirror.flat.zero_()
                 if isinstance(state, UpdateState):
                     state.anchor()
+                _empty(state)
             return
         reducer.step, reducer.local_steps_done = saved["step"], saved["local_steps_done"]
         if reducer.algorithm.exchanges_updates:
@@ -171,10 +174,12 @@ class Keeper:
         link = self._reducer.link
         own = may_restore_residual(saved, self._owner, link.rank, link.size)
         before = {id(s): s.local.flat.clone() for s in states if isinstance(s, UpdateState)}
-        complete = restore(states, saved, own)
+        complete = restore(states, saved)
         for state in states:
             if isinstance(state, UpdateState):
                 state.resume(before[id(state)], known=any(state is s for s in complete))
+            if not own:
+                _empty(state)
 
     def absorb(self) -> None:
         """Take over what a broadcast of the optimizer state has left in the parameter groups."""
