@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 here = Path(__file__).parent
 examples = ["scikit-learn>=1.0", "matplotlib>=3.5", "tqdm>=4.60"]
@@ -15,6 +15,15 @@ setup(
     long_description=(here / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    ext_modules=[
+        # Optional: where it cannot be compiled the package works without it, only slower.
+        Extension(
+            "hvd_compress.native._kernels",
+            ["hvd_compress/native/kernels.c"],
+            extra_compile_args=["-O3", "-std=c11", "-ffp-contract=off"],
+            optional=True,
+        )
+    ],
     python_requires=">=3.9",
     packages=find_packages(include=["hvd_compress", "hvd_compress.*"]),
     package_data={"hvd_compress": ["py.typed"]},

@@ -58,7 +58,8 @@ class Reducer:
         self.fired = False
         self._built = False
         self._delay: dict[Parameter, int] = {}
-        self._home: dict[Parameter, int] = {}
+        self._home: dict[Parameter, int] = {}  # index of its bucket
+        self._place: dict[Parameter, int] = {}  # index within the bucket
         self._sparse: list[Parameter] = []
         self._watch = RewriteWatch(link)
         self._ready: list[int] = []
@@ -89,6 +90,10 @@ class Reducer:
 
     def set_passes(self, passes: int) -> None:
         """Change the number of backward passes per step and start counting anew."""
+        if self.fired:
+            for state in self.states:
+                if isinstance(state, GradientState):
+                    state.abandon()
         self.passes = passes
         self._reset()
         self._watch.forget()
@@ -115,9 +120,15 @@ class Reducer:
         # Under loss scaling nothing may leave before all ranks know that none of them has overflowed.
         if self._delay[p] or home is None or not self._built or self.scaled:
             return
-        self._ready[home] += 1
         state = self.states[home]
-        if self._ready[home] == len(state.bucket.parameters) and isinstance(state, GradientState):
+        if not isinstance(state, GradientState):
+            return
+        self._ready[home] += 1
+        gradient = cast(Tensor, p.grad)
+        # With several passes a refused extra one must still find the sum in p.grad.
+        if self.passes == 1 and not gradient.is_sparse and state.absorb(self._place[p], gradient, self._rate(state)):
+            p.grad = state.out.views[self._place[p]]
+        if self._ready[home] == len(state.bucket.parameters):
             self._start(home)
 
     @property
@@ -159,6 +170,7 @@ class Reducer:
         new: list[State] = []
         for bucket in buckets:
             self._home.update((p, len(self.states) + len(new)) for p in bucket.parameters)
+            self._place.update((p, i) for i, p in enumerate(bucket.parameters))
             new.append(self.algorithm.attach(bucket, context))
         self.states += new
         self._ready = [0] * len(self.states)

@@ -65,13 +65,26 @@ class BucketState(abc.ABC):
 
 
 class GradientState(BucketState):
-    """Exchanges gradients. ``start`` may run during backward, ``finish`` in ``synchronize()``."""
+    """Exchanges gradients: ``absorb`` and ``start`` may run during backward, ``finish`` in ``synchronize()``."""
 
     out: Mirror
 
+    def absorb(self, index: int, gradient: Tensor, rate: Rate) -> bool:
+        """Take in one final gradient while it is still in the cache, so that its memory can be used again.
+
+        Returns:
+            True if it has been taken in: ``out.views[index]`` then replaces it as ``p.grad``, and ``start``
+            gets None for it. Its content is undefined until ``finish``.
+        """
+        return False
+
+    def abandon(self) -> None:
+        """The step will not be finished; ``out`` must not show half of it."""
+        self.out.flat.zero_()
+
     @abc.abstractmethod
     def start(self, step: int, gradients: Sequence[Optional[Tensor]], rate: Rate) -> None:
-        """Compensate, encode, launch; a missing gradient counts as zeros."""
+        """Compensate, encode, launch; a gradient that is missing and was not absorbed counts as zeros."""
 
     @abc.abstractmethod
     def finish(self) -> None:

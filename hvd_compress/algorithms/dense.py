@@ -51,6 +51,18 @@ class _DenseState(GradientState):
             wire_dtype = config.wire.dtype
         self._wire = self.out.flat if wire_dtype == bucket.dtype else torch.zeros_like(self.out.flat, dtype=wire_dtype)
         self._pending = Pending(None)
+        self._absorbed: set[int] = set()
+
+    def absorb(self, index: int, gradient: Tensor, rate: Rate) -> bool:
+        view = self.out.views[index]
+        if gradient.data_ptr() != view.data_ptr():
+            view.copy_(gradient)
+        self._absorbed.add(index)
+        return True
+
+    def abandon(self) -> None:
+        self._absorbed.clear()
+        super().abandon()
 
     def buffers(self) -> dict[str, Mirror]:
         return {}
@@ -58,12 +70,15 @@ class _DenseState(GradientState):
     def start(self, step: int, gradients: Sequence[Optional[Tensor]], rate: Rate) -> None:
         begin = time.perf_counter()
         targets, sources, missing = [], [], []
-        for view, gradient in zip(self.out.views, gradients):
+        for index, (view, gradient) in enumerate(zip(self.out.views, gradients)):
+            if index in self._absorbed:
+                continue
             if gradient is None:
                 missing.append(view)
             elif gradient.data_ptr() != view.data_ptr():
                 targets.append(view)
                 sources.append(gradient)
+        self._absorbed.clear()
         if missing:
             torch._foreach_zero_(missing)
         if targets:

@@ -62,6 +62,22 @@ class _EFState(GradientState):
         self._residual = bucket.mirror(bucket.state_dtype)
         self.out = bucket.mirror(bucket.dtype)
         self._unit, self._lr, self._loss_scale = 1.0, 0.0, 1.0
+        self._absorbed: set[int] = set()
+        self._rate_comes_late = False
+
+    def absorb(self, index: int, gradient: Tensor, rate: Rate) -> bool:
+        if self._rate_comes_late:
+            return False
+        if not self._absorbed:
+            self._follow(rate)
+        self._residual.views[index].add_(gradient, alpha=self._unit / rate.loss_scale)
+        self._absorbed.add(index)
+        return True
+
+    def abandon(self) -> None:
+        # What was absorbed stays in the residual and is sent with the next step.
+        self._absorbed.clear()
+        super().abandon()
 
     def buffers(self) -> dict[str, Mirror]:
         return {"residual": self._residual}
@@ -83,8 +99,14 @@ class _EFState(GradientState):
 
     def start(self, step: int, gradients: Sequence[Optional[Tensor]], rate: Rate) -> None:
         begin = time.perf_counter()
-        self._follow(rate)
-        present = [i for i, gradient in enumerate(gradients) if gradient is not None]
+        if not self._absorbed:
+            self._follow(rate)
+        elif rate.lr != self._lr:
+            # The learning rate is set between backward() and step(): this step's gradients have met the
+            # residual at the previous rate. From now on wait for the new one.
+            self._rate_comes_late = True
+        present = [i for i, g in enumerate(gradients) if g is not None and i not in self._absorbed]
+        self._absorbed.clear()
         if present:
             torch._foreach_add_(
                 [self._residual.views[i] for i in present],

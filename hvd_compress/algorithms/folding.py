@@ -2,13 +2,16 @@
 
 All three are as long as the model, so memory traffic is the cost: the vectors are cut in tiles that stay in
 a processor's cache from the first operation to the last (read x, e, z; write e, z; nothing else touches
-memory). On accelerators a kernel launch costs more than a pass, and the tile is the whole vector.
+memory). On accelerators a kernel launch costs more than a pass, and the tile is the whole vector. For
+float32 on CPUs the compiled loop of ``native`` does the same in one go.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from hvd_compress import native
 
 TILE = 2**16
 
@@ -17,6 +20,8 @@ def stand(x: Tensor, e: Tensor, coefficient: float, out: Tensor) -> None:
     """``out = x - coefficient * e``, rounded to ``out``'s dtype."""
     if coefficient == 0.0:
         out.copy_(x)
+    elif native.applies(x, e, out):
+        native.stand(x, e, coefficient, out)
     elif out.dtype == x.dtype:
         torch.sub(x, e, alpha=coefficient, out=out)
     else:
@@ -27,6 +32,8 @@ class Folder:
     """Folds three flat vectors of equal length: x and e in float32 (or float64), z in the parameters' dtype."""
 
     def __init__(self, x: Tensor, e: Tensor, z: Tensor) -> None:
+        self._vectors = (x, e, z)
+        self._native = native.applies(x, e, z)
         tile = TILE if x.device.type == "cpu" else max(1, x.numel())
         self._tiles = list(zip(torch.split(x, tile), torch.split(e, tile), torch.split(z, tile)))
         n = min(tile, x.numel())
@@ -39,6 +46,9 @@ class Folder:
         ``x - placed * e`` is recomputed exactly as it was when z was placed, rounding included, so u is
         what the wrapped optimizer subtracted and nothing else.
         """
+        if self._native:
+            native.fold(*self._vectors, placed, coefficient, gain, decay)
+            return
         for x, e, z in self._tiles:
             n = x.numel()
             moved, stood = self._moved[:n], self._stood[:n]

@@ -1,0 +1,79 @@
+/* Memory-bound loops over float32 vectors that torch would need several passes for.
+ *
+ * Plain C on addresses: no torch headers, so one build serves every torch. Python (native/__init__.py)
+ * checks dtypes, devices and lengths. The GIL is released, so slices of a vector may run in threads.
+ *
+ * No expression is contracted to a fused multiply-add (setup.py passes -ffp-contract=off): "x - c * e" must
+ * round the same way wherever it is computed, on every processor, or a rank would take the difference for
+ * an update.
+ */
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <stdint.h>
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__)
+#define CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define CLONES
+#endif
+
+/* u = (x - placed * e) - z;  e = decay * e + gain * u;  z = x - coefficient * e */
+CLONES static void fold_loop(const float *restrict x, float *restrict e, float *restrict z, Py_ssize_t n,
+                             float placed, float coefficient, float gain, float decay)
+{
+    for (Py_ssize_t i = 0; i < n; i++) {
+        const float moved = (x[i] - placed * e[i]) - z[i];
+        const float owed = decay * e[i] + gain * moved;
+        e[i] = owed;
+        z[i] = x[i] - coefficient * owed;
+    }
+}
+
+/* out = x - coefficient * e */
+CLONES static void stand_loop(const float *restrict x, const float *restrict e, float *restrict out, Py_ssize_t n,
+                              float coefficient)
+{
+    for (Py_ssize_t i = 0; i < n; i++)
+        out[i] = x[i] - coefficient * e[i];
+}
+
+static PyObject *fold(PyObject *self, PyObject *args)
+{
+    unsigned long long x, e, z;
+    Py_ssize_t n;
+    float placed, coefficient, gain, decay;
+    if (!PyArg_ParseTuple(args, "KKKnffff", &x, &e, &z, &n, &placed, &coefficient, &gain, &decay))
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    fold_loop((const float *)(uintptr_t)x, (float *)(uintptr_t)e, (float *)(uintptr_t)z, n, placed, coefficient,
+              gain, decay);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+static PyObject *stand(PyObject *self, PyObject *args)
+{
+    unsigned long long x, e, out;
+    Py_ssize_t n;
+    float coefficient;
+    if (!PyArg_ParseTuple(args, "KKKnf", &x, &e, &out, &n, &coefficient))
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    stand_loop((const float *)(uintptr_t)x, (const float *)(uintptr_t)e, (float *)(uintptr_t)out, n, coefficient);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+static PyMethodDef methods[] = {
+    {"fold", fold, METH_VARARGS, "fold(x, e, z, n, placed, coefficient, gain, decay): addresses of float32 vectors"},
+    {"stand", stand, METH_VARARGS, "stand(x, e, out, n, coefficient): addresses of float32 vectors"},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "hvd_compress.native._kernels", NULL, -1, methods,
+                                    NULL, NULL, NULL, NULL};
+
+PyMODINIT_FUNC PyInit__kernels(void)
+{
+    return PyModule_Create(&module);
+}
