@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import NamedTuple, Optional
+from typing import NamedTuple, Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -93,11 +93,11 @@ class SummedExchange:
         """``target += alpha * decode(received)``."""
         self.codec.accumulate(self.received, target, alpha)
 
-    def place(self, target: Tensor, scale: float = 1.0) -> None:
-        """Write ``scale * decode(received)`` into the coordinates of ``target`` that were exchanged."""
+    def scatter(self, tensors: Sequence[Tensor], scale: float = 1.0) -> None:
+        """Write ``scale * decode(received)`` into the exchanged coordinates of a bucket's flattened tensors."""
         if scale != 1.0:
             self.received.mul_(scale)
-        self.codec.write(self.received, target)
+        self.codec.scatter(self.received, tensors)
 
 
 def dense_mean(flat: Tensor, link: Link, name: str, recorder: Optional[Recorder] = None) -> Tensor:

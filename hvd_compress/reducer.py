@@ -126,8 +126,10 @@ class Reducer:
         self._ready[home] += 1
         gradient = cast(Tensor, p.grad)
         # With several passes a refused extra one must still find the sum in p.grad.
-        if self.passes == 1 and not gradient.is_sparse and state.absorb(self._place[p], gradient, self._rate(state)):
-            p.grad = state.out.views[self._place[p]]
+        if self.passes == 1 and not gradient.is_sparse:
+            target = state.absorb(self._place[p], gradient, self._rate(state))
+            if target is not None and target is not gradient:
+                p.grad = target
         if self._ready[home] == len(state.bucket.parameters):
             self._start(home)
 
@@ -266,10 +268,11 @@ class Reducer:
         return False
 
     def _deliver(self, state: GradientState) -> None:
-        state.finish()
-        for parameter, view in zip(state.bucket.parameters, state.out.views):
-            was_sparse = parameter.grad is not None and parameter.grad.is_sparse
-            parameter.grad = view.to_sparse(1) if was_sparse else view
+        for parameter, result in zip(state.bucket.parameters, state.finish()):
+            if parameter.grad is not None and parameter.grad.is_sparse:
+                result = result.to_sparse(1)
+            if parameter.grad is not result:
+                parameter.grad = result
 
     def _gradients(self) -> list[Tensor]:
         return [p.grad for p in self.tracked if p.grad is not None]

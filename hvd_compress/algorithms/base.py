@@ -67,28 +67,26 @@ class BucketState(abc.ABC):
 class GradientState(BucketState):
     """Exchanges gradients: ``absorb`` and ``start`` may run during backward, ``finish`` in ``synchronize()``."""
 
-    out: Mirror
-
-    def absorb(self, index: int, gradient: Tensor, rate: Rate) -> bool:
-        """Take in one final gradient while it is still in the cache, so that its memory can be used again.
+    def absorb(self, index: int, gradient: Tensor, rate: Rate) -> Optional[Tensor]:
+        """Take in the final gradient of the bucket's parameter ``index`` while it is still in the cache.
 
         Returns:
-            True if it has been taken in: ``out.views[index]`` then replaces it as ``p.grad``, and ``start``
-            gets None for it. Its content is undefined until ``finish``.
+            None if this state waits for ``start``; else what becomes ``p.grad``, of undefined content until
+            ``finish``.
         """
-        return False
+        return None
 
+    @abc.abstractmethod
     def abandon(self) -> None:
-        """The step will not be finished; ``out`` must not show half of it."""
-        self.out.flat.zero_()
+        """The step will not be finished: what was absorbed counts for the next one, if for any."""
 
     @abc.abstractmethod
     def start(self, step: int, gradients: Sequence[Optional[Tensor]], rate: Rate) -> None:
-        """Compensate, encode, launch; a gradient that is missing and was not absorbed counts as zeros."""
+        """Compensate, encode, launch; a gradient that is missing counts as zeros."""
 
     @abc.abstractmethod
-    def finish(self) -> None:
-        """Wait and leave the aggregate in ``out``."""
+    def finish(self) -> list[Tensor]:
+        """Wait; returns what ``p.grad`` shall be, for each parameter of the bucket."""
 
     def owed_update(self, lr: float) -> Optional[Tensor]:
         """What this rank holds back, as the update it will become (new tensor, flat), or None."""

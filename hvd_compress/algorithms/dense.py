@@ -53,16 +53,15 @@ class _DenseState(GradientState):
         self._pending = Pending(None)
         self._absorbed: set[int] = set()
 
-    def absorb(self, index: int, gradient: Tensor, rate: Rate) -> bool:
+    def absorb(self, index: int, gradient: Tensor, rate: Rate) -> Optional[Tensor]:
         view = self.out.views[index]
         if gradient.data_ptr() != view.data_ptr():
             view.copy_(gradient)
         self._absorbed.add(index)
-        return True
+        return view
 
     def abandon(self) -> None:
         self._absorbed.clear()
-        super().abandon()
 
     def buffers(self) -> dict[str, Mirror]:
         return {}
@@ -92,7 +91,7 @@ class _DenseState(GradientState):
         recorder.bytes_sent(link.sent - before)
         recorder.encode_seconds(time.perf_counter() - begin)
 
-    def finish(self) -> None:
+    def finish(self) -> list[Tensor]:
         begin = time.perf_counter()
         self._pending.wait()
         waited = time.perf_counter()
@@ -100,3 +99,4 @@ class _DenseState(GradientState):
             self.out.flat.copy_(self._wire)
         self._context.recorder.wait_seconds(waited - begin)
         self._context.recorder.decode_seconds(time.perf_counter() - waited)
+        return self.out.views

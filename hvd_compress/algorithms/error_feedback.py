@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any, Mapping, Optional, Sequence
+from typing import Any, Mapping, Optional, Sequence, cast
 
 import torch
 from torch import Tensor
@@ -52,6 +52,9 @@ class _EFState(GradientState):
 
     So a schedule that changes the rate at every step costs no pass over the residual: ``unit * g`` is
     what is added to it. With a constant rate ``unit`` is 1 and nothing is rounded.
+
+    The aggregate goes into the tensors that backward has left in ``p.grad``, zeroed while they are still
+    in the cache: a buffer of our own would cost as much memory again, and freeing theirs page faults.
     """
 
     def __init__(self, config: EF, bucket: Bucket, context: Context) -> None:
@@ -60,24 +63,10 @@ class _EFState(GradientState):
             bucket, config.compressor, context.link, context.reduction, context.recorder
         )
         self._residual = bucket.mirror(bucket.state_dtype)
-        self.out = bucket.mirror(bucket.dtype)
-        self._unit, self._lr, self._loss_scale = 1.0, 0.0, 1.0
-        self._absorbed: set[int] = set()
+        self._targets: list[Optional[Tensor]] = [None] * len(bucket.parameters)
+        self._absorbed = False
         self._rate_comes_late = False
-
-    def absorb(self, index: int, gradient: Tensor, rate: Rate) -> bool:
-        if self._rate_comes_late:
-            return False
-        if not self._absorbed:
-            self._follow(rate)
-        self._residual.views[index].add_(gradient, alpha=self._unit / rate.loss_scale)
-        self._absorbed.add(index)
-        return True
-
-    def abandon(self) -> None:
-        # What was absorbed stays in the residual and is sent with the next step.
-        self._absorbed.clear()
-        super().abandon()
+        self._unit, self._lr, self._loss_scale = 1.0, 0.0, 1.0
 
     def buffers(self) -> dict[str, Mirror]:
         return {"residual": self._residual}
@@ -97,6 +86,22 @@ class _EFState(GradientState):
         self._lr = rate.lr
         self._loss_scale = rate.loss_scale
 
+    def absorb(self, index: int, gradient: Tensor, rate: Rate) -> Optional[Tensor]:
+        if self._rate_comes_late:
+            return None
+        if not self._absorbed:
+            self._follow(rate)
+            self._absorbed = True
+        view = self._residual.views[index]
+        view.add_(gradient, alpha=self._unit / rate.loss_scale)
+        self._targets[index] = _zeroed(gradient, view)
+        return self._targets[index]
+
+    def abandon(self) -> None:
+        # What was absorbed stays in the residual and is sent with the next step.
+        self._targets = [None] * len(self._targets)
+        self._absorbed = False
+
     def start(self, step: int, gradients: Sequence[Optional[Tensor]], rate: Rate) -> None:
         begin = time.perf_counter()
         if not self._absorbed:
@@ -105,31 +110,41 @@ class _EFState(GradientState):
             # The learning rate is set between backward() and step(): this step's gradients have met the
             # residual at the previous rate. From now on wait for the new one.
             self._rate_comes_late = True
-        present = [i for i, g in enumerate(gradients) if g is not None and i not in self._absorbed]
-        self._absorbed.clear()
-        if present:
-            torch._foreach_add_(
-                [self._residual.views[i] for i in present],
-                [gradients[i] for i in present],  # type: ignore[misc]
-                alpha=self._unit / rate.loss_scale,
-            )
+        fresh = [i for i, g in enumerate(gradients) if g is not None and self._targets[i] is None]
+        if fresh:
+            found = [gradients[i] for i in fresh]
+            views = [self._residual.views[i] for i in fresh]
+            torch._foreach_add_(views, found, alpha=self._unit / rate.loss_scale)  # type: ignore[arg-type]
         self._exchange.codec.begin(step)
         self._exchange.codec.encode(self._residual.flat, self._exchange.sent)
         self._exchange.launch()
-        # While it travels. The gradients may be views of ``out``: they have been read by now.
-        self.out.flat.zero_()
+        # While it travels.
+        for i, (gradient, view) in enumerate(zip(gradients, self._residual.views)):
+            if self._targets[i] is None:
+                self._targets[i] = _zeroed(gradient, view, self.bucket.dtype)
         self._context.recorder.encode_seconds(time.perf_counter() - begin)
 
-    def finish(self) -> None:
+    def finish(self) -> list[Tensor]:
         self._exchange.wait()
         begin = time.perf_counter()
         # Only now is what was sent no longer owed: had the exchange failed, nothing would be lost.
         self._exchange.keep_back(self._residual.flat)
-        self._exchange.place(self.out.flat, self._loss_scale / self._unit)
+        targets = cast("list[Tensor]", self._targets)
+        flats = [t.as_strided((t.numel(),), (1,)) for t in targets]
+        self._exchange.scatter(flats, self._loss_scale / self._unit)
+        self.abandon()
         self._context.recorder.decode_seconds(time.perf_counter() - begin)
+        return targets
 
     def owed_update(self, lr: float) -> Optional[Tensor]:
         return self._residual.flat * (lr / self._unit)
 
     def forgive(self) -> None:
         self._residual.flat.zero_()
+
+
+def _zeroed(gradient: Optional[Tensor], like: Tensor, dtype: Optional[torch.dtype] = None) -> Tensor:
+    """``gradient`` filled with zeros if its memory has the order of ``like``, else new zeros that have."""
+    if gradient is not None and gradient.stride() == like.stride():
+        return gradient.zero_()
+    return torch.zeros_like(like, dtype=dtype if gradient is None else gradient.dtype)

@@ -84,6 +84,11 @@ class Codec(abc.ABC):
         """Set the coordinates that ``wire`` stands for in ``flat``, and leave the others as they are."""
 
 
+    @abc.abstractmethod
+    def scatter(self, wire: Tensor, tensors: Sequence[Tensor]) -> None:
+        """``write`` into one-dimensional tensors of their own, one per tensor of the layout."""
+
+
 class Compressor(abc.ABC):
     """Base of all compressors: frozen dataclasses, validated when built.
 

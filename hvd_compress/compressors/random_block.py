@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -133,3 +133,10 @@ class _RandomBlockCodec(Codec):
 
     def write(self, wire: Tensor, flat: Tensor) -> None:
         torch._foreach_copy_(self._blocks(flat), self._values(wire))
+
+    def scatter(self, wire: Tensor, tensors: Sequence[Tensor]) -> None:
+        blocks: list[Tensor] = []
+        for tensor, k in zip(tensors, range(0, len(self._runs), 4)):
+            wrapped, gap, body, _ = self._runs[k : k + 4]
+            blocks += tensor[:wrapped], tensor[wrapped + gap : wrapped + gap + body]
+        torch._foreach_copy_(blocks, self._values(wire))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Sequence
 
 import torch
 from torch import Tensor
 
-from hvd_compress.compressors.base import Codec, Compressor, Layout, Payload
+from hvd_compress.compressors.base import Codec, Compressor, Layout, Payload, pieces
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Identity(Compressor):
         return payload.values.to(payload.dtype).view(payload.shape)
 
     def codec(self, layout: Layout, dtype: torch.dtype, device: torch.device) -> Codec:
-        return _WholeCodec(layout.total, dtype)
+        return _WholeCodec(layout, dtype)
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Cast(Compressor):
         return payload.values.to(payload.dtype).view(payload.shape)
 
     def codec(self, layout: Layout, dtype: torch.dtype, device: torch.device) -> Codec:
-        return _WholeCodec(layout.total, self.dtype)
+        return _WholeCodec(layout, self.dtype)
 
 
 def _saturating_copy(source: Tensor, target: Tensor) -> None:
@@ -76,9 +76,10 @@ def _saturating_copy(source: Tensor, target: Tensor) -> None:
 class _WholeCodec(Codec):
     """Every coordinate in its place; the payload differs from the flat vector by its dtype at most."""
 
-    def __init__(self, numel: int, dtype: torch.dtype) -> None:
-        self.numel = numel
+    def __init__(self, layout: Layout, dtype: torch.dtype) -> None:
+        self.numel = layout.total
         self.dtype = dtype
+        self._numels = layout.numels
 
     def encode(self, flat: Tensor, wire: Tensor) -> None:
         _saturating_copy(flat, wire)
@@ -88,3 +89,6 @@ class _WholeCodec(Codec):
 
     def write(self, wire: Tensor, flat: Tensor) -> None:
         flat.copy_(wire)
+
+    def scatter(self, wire: Tensor, tensors: Sequence[Tensor]) -> None:
+        torch._foreach_copy_(list(tensors), list(pieces(wire, self._numels)))

@@ -9,7 +9,11 @@
  */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
+#include <sched.h>
 #include <stdint.h>
+
+/* An exchange is under way while the fold runs: where ranks share cores, let its threads have their turn. */
+#define TILE ((Py_ssize_t)1 << 15)
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__)
 #define CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
@@ -45,8 +49,12 @@ static PyObject *fold(PyObject *self, PyObject *args)
     if (!PyArg_ParseTuple(args, "KKKnffff", &x, &e, &z, &n, &placed, &coefficient, &gain, &decay))
         return NULL;
     Py_BEGIN_ALLOW_THREADS
-    fold_loop((const float *)(uintptr_t)x, (float *)(uintptr_t)e, (float *)(uintptr_t)z, n, placed, coefficient,
-              gain, decay);
+    for (Py_ssize_t i = 0; i < n; i += TILE) {
+        const Py_ssize_t m = n - i < TILE ? n - i : TILE;
+        fold_loop((const float *)(uintptr_t)x + i, (float *)(uintptr_t)e + i, (float *)(uintptr_t)z + i, m, placed,
+                  coefficient, gain, decay);
+        sched_yield();
+    }
     Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
 }
