@@ -37,6 +37,7 @@ class Bucket:
 
     Attributes:
         name: stable name of the bucket's collectives, the same on every rank.
+        ordinal: its number among the optimizer's buckets.
         entries: its parameters, names and parameter-group indices.
         dtype: dtype of parameters and gradients.
         state_dtype: dtype of residuals and shared copies: float32, or float64 for float64 parameters.
@@ -45,8 +46,8 @@ class Bucket:
         group: parameter-group index if all entries agree on it, else -1.
     """
 
-    def __init__(self, name: str, entries: Sequence[Entry]) -> None:
-        self.name = name
+    def __init__(self, name: str, entries: Sequence[Entry], ordinal: int = 0) -> None:
+        self.name, self.ordinal = name, ordinal
         self.entries = list(entries)
         self.parameters = [entry.parameter for entry in entries]
         self.dtype = self.parameters[0].dtype
@@ -117,4 +118,4 @@ def build(
         open_buckets.setdefault(key, []).append(entry)
         filled[key] = filled.get(key, 0.0) + p.numel() * p.element_size()
     closed.extend(open_buckets.values())
-    return [Bucket(f"{prefix}{i}", members) for i, members in enumerate(closed)]
+    return [Bucket(f"{prefix}{i}", members, i) for i, members in enumerate(closed)]

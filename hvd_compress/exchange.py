@@ -48,6 +48,10 @@ class SummedExchange:
         buffer = torch.zeros(n + rides, dtype=self.codec.dtype, device=bucket.device)
         self._buffer, self.received = buffer, buffer[:n]
         self.sent = torch.zeros(n, dtype=self.codec.dtype, device=bucket.device)
+        # Horovod fuses what happens to be ready in the same cycle, and where a ring cuts a fused buffer decides
+        # in which order ranks are added: results would depend on timing. It never fuses collectives with
+        # different scale factors, and powers of two round nothing.
+        self._spread = 2.0 ** (bucket.ordinal % 16) if self.codec.dtype == bucket.state_dtype else 1.0
         self._own_tail = tail and not rides
         self.tail = torch.zeros(tail, dtype=bucket.state_dtype, device=bucket.device) if self._own_tail else buffer[n:]
         self._pending: list[Pending] = []
@@ -55,10 +59,12 @@ class SummedExchange:
     def launch(self) -> None:
         """Send ``sent`` (kept: it says what this rank has given away) and ``tail``."""
         self.received.copy_(self.sent)
+        if self._spread != 1.0:
+            self._buffer.mul_(1.0 / self._spread)
         op, predivide = self._reduction
         before = self._link.sent
         self._pending = [
-            self._link.allreduce_async(self._buffer, self._name, op, 1.0 / predivide, predivide)
+            self._link.allreduce_async(self._buffer, self._name, op, 1.0 / predivide, predivide * self._spread)
         ]
         if self._own_tail:
             self._pending.append(self._link.allreduce_async(self.tail, f"{self._name}.tail", op))

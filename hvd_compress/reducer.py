@@ -56,6 +56,7 @@ class Reducer:
         self.scaler: Optional[Any] = None  # the last GradScaler seen
         self.scaled = False  # whether this step's gradients came from it
         self.fired = False
+        self._stepping = False  # a closure's backward passes run inside the step
         self._built = False
         self._delay: dict[Parameter, int] = {}
         self._home: dict[Parameter, int] = {}  # index of its bucket
@@ -103,7 +104,7 @@ class Reducer:
         if not self.fired:
             self.fired = True
             self.scaled = amp.running_scaler() is not None
-            if self._built and self.local_steps_done == 0:
+            if self._built and self.local_steps_done == 0 and not self._stepping:
                 self._watch.launch(self._points())
         if self.scaled:
             self.scaler = amp.running_scaler()
@@ -139,7 +140,7 @@ class Reducer:
         return self.fired and self._counts_passes
 
     def _reset(self) -> None:
-        self.fired = False
+        self.fired = self._stepping = False
         self._started = []
         self._ready = [0] * len(self.states)
         for p in self._delay:
@@ -288,6 +289,7 @@ class Reducer:
     def before_update(self) -> None:
         """The wrapped optimizer is about to step: make sure the states stand where the parameters are."""
         self.settle()
+        self._stepping = True
         for state in self.states:
             storage = cast(UpdateState, state).local
             if any(p.data_ptr() != v.data_ptr() for p, v in zip(state.bucket.parameters, storage.views)):

@@ -1,0 +1,27 @@
+"""A rank that fails never leaves the others hanging: the whole job ends soon, and not with success."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.multirank import harness
+
+SCRIPT = str(Path(__file__).parent / "dying.py")
+CASES = [
+    ("raise", "step", "def", 2, "gloo"),
+    ("raise", "backward", "ef", 3, "gloo"),
+    ("exit", "step", "def", 3, "gloo"),
+    ("exit", "backward", "dense", 2, "mpi"),
+]
+
+
+@pytest.mark.parametrize(("way", "place", "name", "ranks", "launcher"), CASES)
+def test_job_ends(way: str, place: str, name: str, ranks: int, launcher: str) -> None:
+    outcome = harness.launch([sys.executable, SCRIPT, way, place, name], ranks, launcher, timeout=120)
+    assert outcome.returncode not in (None, 0), f"the job ended with {outcome.returncode}\n{outcome.output}"
+    assert "trained to the end" not in outcome.output
+    if way == "raise":
+        assert "this rank gives up" in outcome.output
