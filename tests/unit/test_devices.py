@@ -1,0 +1,305 @@
+"""The core on an accelerator, without one: no operation mixes devices, none makes the host wait.
+
+The vectors live on torch's "meta" device, which has no data: asking for a value is an error there, and the
+branches that are not for the CPU are taken. (Fake CUDA tensors cannot be sliced or copied by a torch that is
+built for the CPU only.) ``Accelerator`` sees every operation and refuses what a GPU would make the host wait
+for, and what meta tensors let pass: tensors of several devices in one operation, copies between devices.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Callable, Iterator, Optional
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+from hvd_compress import DEF, EF, Algorithm, Average, Cast, Compressor, Dense, Identity, RandomBlock, Sum
+from hvd_compress.algorithms.base import Context, GradientState, Rate, UpdateState
+from hvd_compress.algorithms.folding import Folder, stand
+from hvd_compress.buckets import Bucket, Entry
+from hvd_compress.collectives import Pending
+from hvd_compress.compressors import Layout
+from hvd_compress.consensus import _checksum
+from hvd_compress.exchange import Reduction
+from hvd_compress.reducer import Reducer
+from hvd_compress.rewrites import RewriteWatch
+from hvd_compress.telemetry import Recorder
+
+DEVICE = torch.device("meta")
+COMPRESSORS = [RandomBlock(density=0.3), RandomBlock(density=1), Identity(), Cast(), Cast(torch.float32)]
+WAITING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+
+
+class HostWaits(AssertionError):
+    """An accelerator would have made the host wait, or refused the operation."""
+
+
+class Accelerator(TorchDispatchMode):
+    """Sees every torch operation; ``operations`` counts those on the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Optional[dict[str, Any]] = None) -> Any:
+        kwargs = kwargs or {}
+        devices = {leaf.device for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        self.operations += DEVICE in devices
+        if len(devices) > 1:
+            raise HostWaits(f"{func} works on tensors of {sorted(map(str, devices))}")
+        if DEVICE in devices and WAITING & set(func.tags):
+            raise HostWaits(f"{func} needs values of {DEVICE} on the host")
+        result = func(*args, **kwargs)
+        there = {leaf.device for leaf in tree_leaves(result) if isinstance(leaf, Tensor)}
+        if devices and there - devices:
+            raise HostWaits(f"{func} moves a tensor from {devices} to {there}")
+        return result
+
+
+@pytest.fixture
+def accelerator(monkeypatch: pytest.MonkeyPatch) -> Iterator[Accelerator]:
+    # All meta tensors have address 0; real ones are told apart by theirs.
+    def address(tensor: Tensor) -> int:
+        return int(tensor.untyped_storage()._cdata + tensor.storage_offset() * tensor.element_size())
+
+    monkeypatch.setattr(Tensor, "data_ptr", address)
+    with Accelerator() as mode:
+        yield mode
+    assert mode.operations, "nothing ran on the device: the test proves nothing"
+
+
+class StubLink:
+    """A link of ``size`` ranks whose collectives are complete at once; ``calls`` are (name, dtype, numel, op)."""
+
+    member, rank = True, 0
+
+    def __init__(self, size: int = 2) -> None:
+        self.size, self.sent = size, 0.0
+        self.calls: list[tuple[str, torch.dtype, int, int]] = []
+
+    def allreduce_async(
+        self, tensor: Tensor, name: str, op: int = Average, prescale: float = 1.0, postscale: float = 1.0
+    ) -> Pending:
+        assert tensor.is_contiguous()
+        self.calls.append((name, tensor.dtype, tensor.numel(), op))
+        self.sent += 2 * (self.size - 1) / self.size * tensor.numel() * tensor.element_size()
+        return Pending(None)
+
+    def allreduce(self, tensor: Tensor, name: str, op: int = Average) -> Tensor:
+        self.allreduce_async(tensor, name, op)
+        return tensor
+
+
+def bucket(dtype: torch.dtype = torch.float32, device: torch.device = DEVICE) -> Bucket:
+    """A matrix, a scalar, an empty tensor and channels_last weights."""
+    tensors = [torch.empty(shape, dtype=dtype, device=device) for shape in ((7, 5), (), (0, 3), (4, 3, 2, 2))]
+    tensors[3] = tensors[3].to(memory_format=torch.channels_last)
+    parameters = [Parameter(tensor) for tensor in tensors]
+    return Bucket("bucket", [Entry(p, f"p{i}", 0) for i, p in enumerate(parameters)])
+
+
+# -- the harness itself --------------------------------------------------------------------------------
+
+OFFENCES: dict[str, Callable[[Tensor], Any]] = {
+    "item": lambda v: v[0].item(),
+    "float": lambda v: float(v.sum()),
+    "bool": lambda v: bool(v.any()),
+    "tolist": lambda v: v.tolist(),
+    "nonzero": lambda v: v.nonzero(),
+    "mask": lambda v: v[v > 0],
+    "equal": lambda v: torch.equal(v, v.clone()),
+    "cpu": lambda v: v.cpu(),
+    "numpy": lambda v: v.numpy(),
+    "copy_to_host": lambda v: torch.empty(9).copy_(v),
+    "copy_from_host": lambda v: v.copy_(torch.zeros(9)),
+    "from_host": lambda v: torch.zeros(9).to(v.device),
+    "add": lambda v: v + torch.zeros(9),
+    "host_scalar": lambda v: v.mul_(torch.tensor(2.0)),
+    "host_index": lambda v: v[torch.tensor([1, 2])],
+    "out": lambda v: torch.sub(torch.zeros(9), torch.zeros(9), out=v),
+    "foreach_add": lambda v: torch._foreach_add_([v], [torch.zeros(9)], alpha=0.5),
+    "foreach_copy": lambda v: torch._foreach_copy_([v], [torch.zeros(9)]),
+}
+
+
+@pytest.mark.parametrize("offence", OFFENCES)
+def test_the_harness_catches(accelerator: Accelerator, offence: str) -> None:
+    v = torch.zeros(9, device=DEVICE) + 1
+    with pytest.raises((HostWaits, RuntimeError, TypeError), match=r"(?i)meta|device"):
+        OFFENCES[offence](v)
+
+
+def test_the_harness_lets_device_work_pass(accelerator: Accelerator) -> None:
+    v, w = torch.zeros(9, device=DEVICE), torch.ones(9, device=DEVICE)
+    torch.sub(v, w, alpha=0.3, out=w)
+    torch._foreach_add_([v[:4]], [w[:4]], alpha=2.0)
+    v.copy_(w.to(torch.float16)).add_(v.square().sum())
+    torch.cat((v[3:], v[:3]), out=w)
+    assert accelerator.operations > 5
+    assert float(torch.ones(3).sum()) == 3.0, "the host may work with its own tensors"
+
+
+# -- parts ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("compressor", COMPRESSORS, ids=str)
+def test_codecs(accelerator: Accelerator, compressor: Compressor, dtype: torch.dtype) -> None:
+    layout = Layout(("a", "empty", "b", "c"), (40, 0, 1, 9))
+    codec, flat = compressor.codec(layout, dtype, DEVICE), torch.zeros(50, dtype=dtype, device=DEVICE)
+    wire = torch.zeros(codec.numel, dtype=codec.dtype, device=DEVICE)
+    for step in range(6):
+        codec.begin(step)
+        codec.encode(flat, wire)
+        codec.accumulate(wire, flat, -0.5)
+        codec.write(wire, flat)
+        codec.scatter(wire, torch.split(flat, list(layout.numels)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("compressor", COMPRESSORS, ids=str)
+def test_tensors_one_by_one(accelerator: Accelerator, compressor: Compressor, dtype: torch.dtype) -> None:
+    for shape in ((7, 5), (), (0, 3), (1,)):
+        for step in range(4):
+            decoded = compressor.decode(compressor.encode(torch.zeros(shape, dtype=dtype, device=DEVICE), "w", step))
+            assert (decoded.shape, decoded.dtype, decoded.device) == (shape, dtype, DEVICE)
+
+
+@pytest.mark.parametrize(
+    ("state", "dtype"),
+    [(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.float32, torch.float16),
+     (torch.float64, torch.float64)],
+)  # fmt: skip
+def test_folding(accelerator: Accelerator, state: torch.dtype, dtype: torch.dtype) -> None:
+    x, e = torch.zeros(200_000, dtype=state, device=DEVICE), torch.zeros(200_000, dtype=state, device=DEVICE)
+    z = torch.zeros(200_000, dtype=dtype, device=DEVICE)
+    folder, before = Folder(x, e, z), accelerator.operations
+    folder.fold(0.3, 0.4, 2.0, 0.5)
+    assert accelerator.operations - before <= 10, "one pass over everything: a kernel launch costs more than a tile"
+    stand(x, e, 0.0, z)
+    stand(x, e, 0.5, z)
+    Folder(x[:0], e[:0], z[:0]).fold(0.3, 0.3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_checksum(accelerator: Accelerator, dtype: torch.dtype) -> None:
+    for v in (torch.zeros(6, 4, dtype=dtype, device=DEVICE), torch.zeros(6, 4, dtype=dtype, device=DEVICE).t()):
+        total = _checksum(v)
+        assert (total.dtype, total.shape, total.device) == (torch.int64, (), DEVICE)
+
+
+# -- algorithms ----------------------------------------------------------------------------------------
+
+CASES = [
+    (torch.float32, Reduction()), (torch.float64, Reduction(Average, 2.0)), (torch.bfloat16, Reduction(Sum)),
+    (torch.float16, Reduction()),
+]  # fmt: skip
+cases = pytest.mark.parametrize(("dtype", "reduction"), CASES, ids=str)
+GRADIENT_ALGORITHMS: list[Algorithm] = [
+    Dense(), Dense(wire=Cast()), *(EF(c) for c in COMPRESSORS), EF(COMPRESSORS[0], rescale_residual=False),
+]
+UPDATE_ALGORITHMS: list[Algorithm] = [
+    *(DEF(c) for c in COMPRESSORS), DEF(COMPRESSORS[0], coefficient=0), DEF(COMPRESSORS[0], coefficient=1.0),
+    DEF(COMPRESSORS[0], rescale_residual=False), DEF(Identity(), rescale_residual=False),
+]
+
+
+@cases
+@pytest.mark.parametrize("algorithm", GRADIENT_ALGORITHMS, ids=str)
+def test_gradient_algorithms(
+    accelerator: Accelerator, algorithm: Algorithm, dtype: torch.dtype, reduction: Reduction
+) -> None:
+    """Steps with own gradients, with the last results, with none, with some absorbed early; rates change."""
+    b, link = bucket(dtype), StubLink()
+    state = algorithm.attach(b, Context(link, reduction, Recorder()))  # type: ignore[arg-type]
+    assert isinstance(state, GradientState)
+    own: list[Optional[Tensor]] = [torch.empty_like(p) for p in b.parameters]
+    results: list[Tensor] = []
+    for step, rate in enumerate([Rate(0.1), Rate(0.01, False, 1024.0), Rate(0.0), Rate(0.1, True)]):
+        gradients = [own, [*results], [None] * 4, [None, own[1], *results[2:]]][step]
+        if step in (1, 3):
+            gradients[3] = state.absorb(3, results[3], rate)
+        state.start(step, gradients, rate)
+        results = state.finish()
+        assert [(g.shape, g.dtype, g.device) for g in results] == [(p.shape, dtype, DEVICE) for p in b.parameters]
+    state.residual()
+    state.owed_update(0.1)
+    state.forgive()
+    assert len(link.calls) == 4
+    assert len(set(link.calls)) == 1, "one collective per step, always of the same name, size, dtype and op"
+
+
+def run_updates(algorithm: Algorithm, dtype: torch.dtype, reduction: Reduction) -> None:
+    """Steps with changing rates, then what consensus points and checkpoints do."""
+    b, link = bucket(dtype), StubLink()
+    state = algorithm.attach(b, Context(link, reduction, Recorder()))  # type: ignore[arg-type]
+    assert isinstance(state, UpdateState)
+    for step, lr in enumerate((0.1, 0.1, 0.0, 0.01)):
+        state.local.flat.mul_(0.9)
+        state.start(step, lr)
+        state.finish()
+    state.residual()
+    state.place()
+    state.anchor()
+    assert {p.device for p in b.parameters} == {DEVICE}
+    names = {call[0] for call in link.calls}
+    assert len(link.calls) == 4 * len(names)
+    assert len(set(link.calls)) == len(names), "a collective has the same size, dtype and op at every step"
+
+
+@cases
+@pytest.mark.parametrize("algorithm", UPDATE_ALGORITHMS, ids=str)
+def test_update_algorithms(
+    accelerator: Accelerator, algorithm: Algorithm, dtype: torch.dtype, reduction: Reduction
+) -> None:
+    run_updates(algorithm, dtype, reduction)
+
+
+@pytest.mark.parametrize("compressor", [RandomBlock(density=0.3), Cast()], ids=str)
+def test_a_measured_coefficient(accelerator: Accelerator, compressor: Compressor) -> None:
+    run_updates(DEF(compressor, coefficient="auto"), torch.float32, Reduction())
+
+
+@pytest.mark.parametrize("algorithm", [Dense(), EF(COMPRESSORS[0]), DEF(COMPRESSORS[0]), DEF(Cast())], ids=str)
+@pytest.mark.parametrize("size", [1, 2])
+def test_whole_steps(
+    accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch, algorithm: Algorithm, size: int
+) -> None:
+    """The engine that drives the states, with a torch optimizer; parameters on two devices."""
+    # The watch has a test of its own, below.
+    monkeypatch.setattr(RewriteWatch, "launch", lambda self, flats: None)
+    monkeypatch.setattr(RewriteWatch, "remember", lambda self, flats: None)
+    on_device, on_host = bucket(), bucket(device=torch.device("cpu"))
+    parameters = [*on_device.parameters, *on_host.parameters]
+    optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9, foreach=False)
+    names = {p: f"p{i}" for i, p in enumerate(parameters)}
+    link = StubLink(size)
+    reducer = Reducer(optimizer, names, algorithm, link, Reduction(), 1, None, True)  # type: ignore[arg-type]
+    for _ in range(3):
+        for p in parameters:
+            p.grad = torch.zeros_like(p)
+        if algorithm.exchanges_updates:
+            reducer.before_update()
+            optimizer.step()
+            reducer.exchange_updates()
+        else:
+            reducer.synchronize()
+            optimizer.step()
+    assert reducer.step == 3
+    assert {s.bucket.device.type for s in reducer.states} == {"meta", "cpu"}
+    assert len(link.calls) == 6
+
+
+def test_watching_for_rewrites(accelerator: Accelerator) -> None:
+    """Every step of an algorithm that exchanges updates; only its first use may copy indices from the host."""
+    watch, flats = RewriteWatch(StubLink()), [torch.zeros(1000, device=DEVICE)]  # type: ignore[arg-type]
+    with _disable_current_modes():
+        watch.remember(flats)
+    for _ in range(2):
+        watch.launch(flats)
+        watch.rewritten()
+        watch.remember(flats)

@@ -1,0 +1,243 @@
+"""What the random block sends: exactly the selected coordinates, one tensor at a time or a bucket at once."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from hvd_compress.compressors import Codec, Layout, RandomBlock
+
+CPU = torch.device("cpu")
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+densities = st.one_of(st.just(1.0), st.floats(min_value=1e-4, max_value=1.0))
+shapes = st.lists(st.integers(0, 6), max_size=4).map(tuple)
+layouts = st.lists(st.one_of(st.sampled_from([0, 1, 2]), st.integers(0, 70)), min_size=1, max_size=9).map(
+    lambda numels: Layout(tuple(f"p{i}" for i in range(len(numels))), tuple(numels))
+)
+
+
+def values(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    """Normal values without zeros, so that a coordinate that was not sent shows."""
+    v = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.where(v == 0, torch.ones_like(v), v)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    width = BITS[a.element_size()]
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    return torch.equal(a.contiguous().view(width), b.contiguous().view(width))
+
+
+def mask_of(block: RandomBlock, name: str, numel: int, step: int) -> Tensor:
+    """The selected coordinates, one by one from the definition."""
+    start, length = block.selection(name, numel, step)
+    mask = torch.zeros(numel, dtype=torch.bool)
+    for i in range(length):
+        mask[(start + i) % numel] = True
+    return mask
+
+
+# -- one tensor ----------------------------------------------------------------------------------------
+
+
+@given(shapes, st.sampled_from(DTYPES), densities, st.integers(0, 9), st.integers(0, 1000))
+def test_exactly_the_selected_coordinates_survive(
+    shape: tuple[int, ...], dtype: torch.dtype, density: float, seed: int, step: int
+) -> None:
+    block = RandomBlock(density=density, seed=seed)
+    v = values(shape, dtype)
+    payload = block.encode(v, "w", step)
+    kept = block.decode(payload)
+    mask = mask_of(block, "w", v.numel(), step).view(shape)
+
+    assert kept.shape == v.shape
+    assert kept.dtype == v.dtype
+    assert same_bits(kept, torch.where(mask, v, torch.zeros_like(v)))
+    assert payload.values.dim() == 1
+    assert payload.values.numel() == int(mask.sum())
+    assert payload.values.dtype == dtype
+    assert payload.nbytes == int(mask.sum()) * v.element_size()
+
+    residual = v - kept
+    assert same_bits(kept + residual, v), "mass"
+    assert same_bits(residual, torch.where(mask, torch.zeros_like(v), v))
+    assert (residual.double() ** 2).sum() <= (v.double() ** 2).sum(), "contraction"
+
+
+def test_the_contraction_is_density_on_average() -> None:
+    """E ||v - C(v)||^2 = (1 - b/n) ||v||^2, whatever v is: here all of its energy is in one coordinate."""
+    block, v = RandomBlock(density=0.25), torch.zeros(40)
+    v[11] = 1.0
+    steps = 4000
+    lost = sum(float((v - block.decode(block.encode(v, "w", step))).square().sum()) for step in range(steps)) / steps
+    assert abs(lost - 0.75) < 5 * math.sqrt(0.75 * 0.25 / steps)
+
+
+@given(st.sampled_from(DTYPES), densities, st.integers(0, 1000))
+def test_any_memory_layout(dtype: torch.dtype, density: float, step: int) -> None:
+    block, v = RandomBlock(density=density), values((4, 6), dtype)
+    for view in (v.t(), v[:, ::2], v[1:, 1:], v.expand(3, 4, 6)):
+        assert same_bits(
+            block.decode(block.encode(view, "w", step)), block.decode(block.encode(view.contiguous(), "w", step))
+        )
+
+
+@given(st.integers(1, 60), densities, st.integers(0, 1000))
+def test_special_values_pass_and_do_not_spread(n: int, density: float, step: int) -> None:
+    block = RandomBlock(density=density)
+    v = torch.tensor([math.nan, math.inf, -math.inf, -0.0, 1e-45, 3e38] * 10)[:n]
+    mask = mask_of(block, "w", n, step)
+    kept = block.decode(block.encode(v, "w", step))
+    assert same_bits(kept[mask], v[mask])
+    assert same_bits(kept[~mask], torch.zeros(n - int(mask.sum())))
+
+
+@pytest.mark.parametrize("density", [0.1, 1.0])
+def test_a_payload_is_a_copy(density: float) -> None:
+    """Training goes on while it travels."""
+    block, v = RandomBlock(density=density), values((30,))
+    payload = block.encode(v, "w", 0)
+    before = payload.values.clone()
+    v.zero_()
+    assert same_bits(payload.values, before)
+    kept = block.decode(payload)
+    payload.values.zero_()
+    assert int((kept != 0).sum()) == before.numel()
+
+
+@given(shapes, st.sampled_from(DTYPES), st.integers(0, 1000))
+def test_density_one_sends_everything(shape: tuple[int, ...], dtype: torch.dtype, step: int) -> None:
+    block, v = RandomBlock(density=1), values(shape, dtype)
+    assert same_bits(block.decode(block.encode(v, "w", step)), v)
+
+
+@given(st.integers(1, 80), st.sampled_from(DTYPES), densities, st.integers(0, 1000))
+def test_payloads_add_as_tensors_do(n: int, dtype: torch.dtype, density: float, step: int) -> None:
+    block, a, b = RandomBlock(density=density), values((n,), dtype, 1), values((n,), dtype, 2)
+    pa, pb, both = (block.encode(v, "w", step) for v in (a, b, a + b))
+    assert same_bits(pa.values + pb.values, both.values)
+    assert torch.equal(block.decode(pa) + block.decode(pb), block.decode(both))
+
+
+def test_a_hundred_million_elements() -> None:
+    """The input is one element seen 10^8 times; only the decoded tensor takes memory."""
+    n, block = 10**8, RandomBlock(density=1e-6)
+    v = torch.ones(1, dtype=torch.float16).expand(n)
+    start, length = block.selection("w", n, 3)
+    payload = block.encode(v, "w", 3)
+    kept = block.decode(payload)
+    assert (length, payload.nbytes, kept.numel()) == (100, 200, n)
+    assert start + length < n, "choose a step that does not wrap"
+    assert int(torch.count_nonzero(kept)) == length
+    assert bool(kept[start:start + length].all())
+
+
+# -- a bucket ------------------------------------------------------------------------------------------
+
+
+def decoded(block: RandomBlock, layout: Layout, flat: Tensor, step: int) -> Tensor:
+    """The bucket's image, tensor by tensor."""
+    parts = torch.split(flat, list(layout.numels))
+    return torch.cat([block.decode(block.encode(p, name, step)) for name, p in zip(layout.names, parts)])
+
+
+def at_step(block: RandomBlock, layout: Layout, dtype: torch.dtype, step: int) -> tuple[Codec, Tensor]:
+    codec = block.codec(layout, dtype, CPU)
+    codec.begin(step)
+    return codec, torch.full((codec.numel,), math.nan, dtype=codec.dtype)
+
+
+@given(layouts, densities, st.integers(0, 3), st.integers(0, 10**6), st.sampled_from([torch.float32, torch.float64]))
+def test_a_bucket_is_its_tensors(layout: Layout, density: float, seed: int, step: int, dtype: torch.dtype) -> None:
+    block = RandomBlock(density=density, seed=seed)
+    flat = values((layout.total,), dtype)
+    original = flat.clone()
+    codec, wire = at_step(block, layout, dtype, step)
+    expected = decoded(block, layout, flat, step)
+
+    codec.encode(flat, wire)
+    assert same_bits(flat, original), "encode must not touch its input"
+    assert codec.dtype == dtype
+    assert codec.restricts
+    assert codec.numel == sum(max(1, math.floor(n * density)) if n else 0 for n in layout.numels)
+    assert torch.equal(wire.sort().values, expected[expected != 0].sort().values)
+
+    written = torch.zeros_like(flat)
+    codec.write(wire, written)
+    assert same_bits(written, expected)
+
+    # write leaves the other coordinates alone, bit by bit
+    background = values((layout.total,), dtype, seed=5)
+    over = background.clone()
+    codec.write(wire, over)
+    assert same_bits(over, torch.where(expected != 0, expected, background))
+
+    parts = [part.clone() for part in torch.split(background, list(layout.numels))]
+    codec.scatter(wire, parts)
+    assert same_bits(torch.cat(parts), over)
+
+    added = background.clone()
+    codec.accumulate(wire, added, -1.5)
+    torch.testing.assert_close(added, background - 1.5 * expected)
+    assert same_bits(added[expected == 0], background[expected == 0])
+
+    # what is given away leaves exactly nothing behind
+    codec.accumulate(wire, flat, -1.0)
+    assert same_bits(flat, torch.where(expected != 0, torch.zeros_like(flat), original))
+
+
+@given(layouts, densities, st.integers(0, 1000))
+def test_bucket_payloads_add(layout: Layout, density: float, step: int) -> None:
+    block = RandomBlock(density=density)
+    a, b = values((layout.total,), seed=1), values((layout.total,), seed=2)
+    codec, wire_a = at_step(block, layout, torch.float32, step)
+    wire_b, both = wire_a.clone(), wire_a.clone()
+    for flat, wire in ((a, wire_a), (b, wire_b), (a + b, both)):
+        codec.encode(flat, wire)
+    assert same_bits(wire_a + wire_b, both)
+
+
+@given(layouts, st.integers(0, 1000))
+def test_density_one_sends_the_whole_bucket(layout: Layout, step: int) -> None:
+    flat = values((layout.total,))
+    codec, wire = at_step(RandomBlock(density=1), layout, torch.float32, step)
+    codec.encode(flat, wire)
+    out = torch.zeros_like(flat)
+    codec.write(wire, out)
+    assert codec.numel == layout.total
+    assert same_bits(out, flat)
+
+
+@given(layouts, densities)
+def test_the_size_of_the_payload_never_changes(layout: Layout, density: float) -> None:
+    """A collective of the same name must have the same size at every step."""
+    codec, wire = at_step(RandomBlock(density=density), layout, torch.float32, 0)
+    flat = values((layout.total,))
+    for step in range(30):
+        codec.begin(step)
+        codec.encode(flat, wire)
+        assert wire.numel() == codec.numel
+
+
+@given(layouts, densities, st.integers(0, 1000))
+def test_a_tensor_is_cut_alike_in_any_bucket(layout: Layout, density: float, step: int) -> None:
+    """Buckets may be cut otherwise after a restart: names decide, positions in the bucket do not."""
+    block, flat = RandomBlock(density=density), values((layout.total,))
+    turned = Layout(layout.names[::-1], layout.numels[::-1])
+    parts = torch.split(flat, list(layout.numels))
+    images = []
+    for order, vector in ((layout, flat), (turned, torch.cat(parts[::-1]))):
+        codec, wire = at_step(block, order, torch.float32, step)
+        codec.encode(vector, wire)
+        out = torch.zeros_like(vector)
+        codec.write(wire, out)
+        images.append(dict(zip(order.names, torch.split(out, list(order.numels)))))
+    assert all(same_bits(images[0][name], images[1][name]) for name in layout.names)

@@ -1,0 +1,124 @@
+"""Wrong arguments are refused when an object is built, by name and value; right ones make frozen values."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from fractions import Fraction
+from typing import Any
+
+import pytest
+import torch
+
+import hvd_compress
+from hvd_compress import DEF, EF, Cast, Compression, Dense, Identity, RandomBlock
+from hvd_compress.algorithms.base import require_summable
+
+BLOCK = RandomBlock()
+NUMBERS = [math.nan, math.inf, -math.inf, -1, "x", "0.5", None, True, False, 1j, [0.5], torch.tensor(0.5)]
+NOT_INTEGERS = [1.5, math.nan, "1", None, True, False]
+NOT_COMPRESSORS = [None, 0.01, "RandomBlock", RandomBlock, Compression.fp16, Dense(), EF(BLOCK)]
+
+WRONG: list[tuple[Any, str, Any]] = [
+    *((RandomBlock, "density", v) for v in (*NUMBERS, 0, 0.0, -0.5, 2, 1.0000001, 100)),
+    *((RandomBlock, "seed", v) for v in (*NOT_INTEGERS, -1)),
+    *((Cast, "dtype", v) for v in (torch.bfloat16, torch.float64, torch.int8, "float16", None, 16)),
+    *((EF, "compressor", v) for v in NOT_COMPRESSORS),
+    *((DEF, "compressor", v) for v in NOT_COMPRESSORS),
+    *((DEF, "coefficient", v) for v in (*NUMBERS, -0.1, 1.5, 1.0000001, "often", "AUTO", "")),
+    *((DEF, "local_steps", v) for v in (*NOT_INTEGERS, 0, -3)),
+    *((EF, "rescale_residual", v) for v in (0, 1, None, "yes")),
+    *((DEF, "rescale_residual", v) for v in (0, 1, None, "yes")),
+    *((Dense, "wire", v) for v in (BLOCK, None, torch.float16, "fp16", Compression.fp16)),
+]
+
+RIGHT: list[tuple[Any, dict[str, Any]]] = [
+    (RandomBlock, {}),
+    (RandomBlock, {"density": 1, "seed": 2**100}),
+    (RandomBlock, {"density": 1e-9}),
+    (RandomBlock, {"density": Fraction(1, 64)}),
+    (Identity, {}),
+    (Cast, {}),
+    (Cast, {"dtype": torch.float32}),
+    (Dense, {}),
+    (Dense, {"wire": Cast()}),
+    (EF, {"compressor": BLOCK}),
+    (EF, {"compressor": Identity(), "rescale_residual": False}),
+    (DEF, {"compressor": BLOCK}),
+    (DEF, {"compressor": Cast(), "coefficient": "auto", "local_steps": 4}),
+    (DEF, {"compressor": BLOCK, "coefficient": 0}),
+    (DEF, {"compressor": BLOCK, "coefficient": 1.0, "rescale_residual": False}),
+]
+
+
+def describe(value: Any) -> str:
+    return getattr(value, "__name__", str(value))
+
+
+@pytest.mark.parametrize(("kind", "argument", "value"), WRONG, ids=describe)
+def test_wrong_values_are_refused_by_name(kind: Any, argument: str, value: Any) -> None:
+    arguments = {"compressor": BLOCK} if kind in (EF, DEF) else {}
+    with pytest.raises(ValueError, match=kind.__name__) as refusal:
+        kind(**{**arguments, argument: value})
+    message = str(refusal.value)
+    assert argument in message
+    assert repr(value) in message
+    assert "must be" in message or "cannot be" in message, "what is allowed must be said"
+
+
+@pytest.mark.parametrize(("kind", "arguments"), RIGHT, ids=describe)
+def test_right_values_are_kept(kind: Any, arguments: dict[str, Any]) -> None:
+    built = kind(**arguments)
+    assert {name: getattr(built, name) for name in arguments} == arguments
+
+
+@pytest.mark.parametrize(("kind", "arguments"), RIGHT, ids=describe)
+def test_they_are_frozen_values(kind: Any, arguments: dict[str, Any]) -> None:
+    one, other = kind(**arguments), kind(**arguments)
+    assert one == other
+    assert hash(one) == hash(other)
+    assert len({one, other}) == 1
+    for field in dataclasses.fields(one):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(one, field.name, getattr(one, field.name))
+
+
+@pytest.mark.parametrize(("kind", "arguments"), RIGHT, ids=describe)
+def test_repr_builds_the_same_value(kind: Any, arguments: dict[str, Any]) -> None:
+    """Ranks compare what they were given by its repr, and logs should be enough to run a job again."""
+    built = kind(**arguments)
+    public = {name: getattr(hvd_compress, name) for name in hvd_compress.__all__}
+    rebuilt = eval(repr(built), {**public, "torch": torch, "Fraction": Fraction})
+    assert rebuilt == built
+    assert repr(rebuilt) == repr(built)
+
+
+def test_different_values_are_not_equal() -> None:
+    different = [
+        RandomBlock(), RandomBlock(density=0.5), RandomBlock(seed=1), Identity(), Cast(), Cast(torch.float32),
+        Dense(), Dense(wire=Cast()), EF(BLOCK), EF(Identity()), EF(BLOCK, rescale_residual=False), DEF(BLOCK),
+        DEF(BLOCK, coefficient=0.2), DEF(BLOCK, coefficient="auto"), DEF(BLOCK, local_steps=2),
+        DEF(BLOCK, rescale_residual=False), DEF(RandomBlock(seed=1)),
+    ]  # fmt: skip
+    for i, one in enumerate(different):
+        assert [one == other for other in different] == [i == j for j in range(len(different))]
+    assert len(set(different)) == len(different)
+    assert len({repr(one) for one in different}) == len(different)
+
+
+def test_defaults_are_the_documented_ones() -> None:
+    assert RandomBlock() == RandomBlock(density=1 / 64, seed=0)
+    assert Cast() == Cast(dtype=torch.float16)
+    assert EF(BLOCK) == EF(BLOCK, rescale_residual=True)
+    assert DEF(BLOCK) == DEF(BLOCK, coefficient=0.3, local_steps=1, rescale_residual=True)
+    assert Dense() == Dense(wire=Identity())
+
+
+@pytest.mark.parametrize("kind", [EF, DEF])
+def test_payloads_that_cannot_be_summed_are_refused(kind: Any) -> None:
+    class Gathered(Identity):
+        summable = False
+
+    with pytest.raises(ValueError, match=rf"{kind.__name__}: compressor=.*Gathered.*cannot be summed"):
+        kind(Gathered())
+    assert require_summable("EF", BLOCK) is BLOCK

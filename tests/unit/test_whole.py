@@ -1,0 +1,170 @@
+"""Compressors that send every element: Identity changes nothing, Cast rounds, saturates and keeps nan."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from hvd_compress.compressors import Cast, Compressor, Identity, Layout
+
+CPU = torch.device("cpu")
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+LAYOUT = Layout(("a", "empty", "b", "c"), (5, 0, 1, 7))
+FP16_MAX = 65504.0
+shapes = st.lists(st.integers(0, 5), max_size=4).map(tuple)
+
+
+def values(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * scale).to(dtype)
+
+
+def there_and_back(compressor: Compressor, v: Tensor) -> Tensor:
+    return compressor.decode(compressor.encode(v, "w", 3))
+
+
+def through_codec(compressor: Compressor, flat: Tensor, layout: Layout = LAYOUT) -> Tensor:
+    codec = compressor.codec(layout, flat.dtype, CPU)
+    codec.begin(0)
+    wire = torch.full((codec.numel,), math.nan, dtype=codec.dtype)
+    codec.encode(flat, wire)
+    return wire
+
+
+@pytest.mark.parametrize("compressor", [Identity(), Cast(), Cast(torch.float32)])
+def test_what_they_say_of_themselves(compressor: Compressor) -> None:
+    assert compressor.summable
+    assert compressor.lossless
+    assert not compressor.codec(LAYOUT, torch.float32, CPU).restricts
+
+
+# -- Identity ------------------------------------------------------------------------------------------
+
+
+@given(shapes, st.sampled_from(DTYPES))
+def test_identity(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    v = values(shape, dtype)
+    payload = Identity().encode(v)
+    back = Identity().decode(payload)
+    assert (back.dtype, back.shape) == (v.dtype, v.shape)
+    assert torch.equal(back, v)
+    assert payload.nbytes == v.numel() * v.element_size()
+
+
+@pytest.mark.parametrize("compressor", [Identity(), Cast(), Cast(torch.float32)])
+def test_a_payload_is_a_copy_of_any_strides(compressor: Compressor) -> None:
+    """Training goes on while it travels."""
+    for view in (lambda v: v, lambda v: v.t(), lambda v: v[:, ::2]):
+        v = values((4, 6)).half().float()
+        payload = compressor.encode(view(v))
+        expected = view(v).clone()
+        v.zero_()
+        assert torch.equal(compressor.decode(payload), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_identity_codec(dtype: torch.dtype) -> None:
+    flat, target = values((13,), dtype), values((13,), dtype, 3.0)
+    wire = through_codec(Identity(), flat)
+    assert wire.dtype == dtype
+    assert torch.equal(wire, flat)
+
+    codec, added, written = Identity().codec(LAYOUT, dtype, CPU), target.clone(), target.clone()
+    codec.accumulate(wire, added, -0.5)
+    codec.write(wire, written)
+    torch.testing.assert_close(added, target - 0.5 * flat)
+    assert torch.equal(written, flat)
+
+
+# -- Cast ----------------------------------------------------------------------------------------------
+
+
+@given(shapes, st.sampled_from(DTYPES), st.sampled_from([torch.float16, torch.float32]))
+def test_cast_round_trip(shape: tuple[int, ...], dtype: torch.dtype, wire: torch.dtype) -> None:
+    v = values(shape, dtype)
+    payload = Cast(wire).encode(v)
+    back = Cast(wire).decode(payload)
+    assert payload.values.dtype == wire
+    assert payload.nbytes == v.numel() * wire.itemsize
+    assert (back.dtype, back.shape) == (v.dtype, v.shape)
+    assert torch.equal(back, v.to(wire).to(dtype)), "rounded to nearest"
+    assert torch.equal(there_and_back(Cast(wire), back), back), "rounding twice is rounding once"
+
+
+@given(st.lists(st.floats(min_value=-FP16_MAX, max_value=FP16_MAX, width=32), min_size=1, max_size=40))
+def test_cast_error_is_half_a_unit_in_the_last_place(numbers: list[float]) -> None:
+    v = torch.tensor(numbers)
+    error = (v.double() - there_and_back(Cast(), v).double()).abs()
+    info = torch.finfo(torch.float16)
+    smallest = info.smallest_normal * info.eps  # spacing of the subnormal numbers
+    assert bool((error <= torch.clamp(v.double().abs() * info.eps / 2, min=smallest / 2)).all())
+
+
+@given(st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=40))
+def test_cast_is_a_contraction_with_exact_mass(numbers: list[float]) -> None:
+    v = torch.tensor(numbers)
+    v = v[torch.isfinite(v)]
+    kept = there_and_back(Cast(), v)
+    assert bool(((v - kept).abs() <= v.abs()).all())
+    assert torch.equal(kept + (v - kept), v)
+
+
+OVERFLOWS = [
+    (torch.float32, torch.float16, [7e4, -7e4, 3e38, -3e38, math.inf, -math.inf, 65519.0, 65520.0]),
+    (torch.float64, torch.float16, [7e4, -7e4, 1e300, -1e300, math.inf, -math.inf]),
+    (torch.float64, torch.float32, [1e39, -1e39, 1e300, math.inf, -math.inf]),
+    (torch.bfloat16, torch.float16, [7e4, -7e4, 3e38, math.inf, -math.inf]),
+]
+
+
+@pytest.mark.parametrize(("dtype", "wire", "numbers"), OVERFLOWS)
+def test_cast_saturates(dtype: torch.dtype, wire: torch.dtype, numbers: list[float]) -> None:
+    v = torch.tensor(numbers, dtype=dtype)
+    sent = Cast(wire).encode(v).values
+    assert torch.equal(sent, torch.sign(v).to(wire) * torch.finfo(wire).max)
+    if dtype in (torch.float32, torch.float64):
+        assert torch.equal(through_codec(Cast(wire), v, Layout(("w",), (len(numbers),))), sent)
+
+
+@pytest.mark.parametrize("wire", [torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_stays_nan(dtype: torch.dtype, wire: torch.dtype) -> None:
+    v = torch.tensor([1.0, math.nan, -2.0], dtype=dtype)
+    assert torch.isnan(there_and_back(Cast(wire), v)).tolist() == [False, True, False]
+    flat = torch.tensor([math.nan, *range(12)], dtype=torch.float64)
+    assert torch.isnan(through_codec(Cast(wire), flat)).tolist() == [True] + [False] * 12
+
+
+def test_an_upward_cast_changes_nothing() -> None:
+    v = torch.tensor([math.inf, -math.inf, FP16_MAX, 6e-8], dtype=torch.float16)
+    assert torch.equal(there_and_back(Cast(torch.float32), v), v)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("wire_dtype", [torch.float16, torch.float32])
+def test_cast_codec_agrees_with_the_tensors(dtype: torch.dtype, wire_dtype: torch.dtype) -> None:
+    cast, flat, target = Cast(wire_dtype), values((13,), dtype, 1e4), values((13,), dtype, 3.0)
+    before = flat.clone()
+    wire = through_codec(cast, flat)
+    assert torch.equal(flat, before)
+    parts = [there_and_back(cast, part) for part in torch.split(flat, list(LAYOUT.numels))]
+    decoded = torch.cat(parts)
+
+    codec, added, written = cast.codec(LAYOUT, dtype, CPU), target.clone(), target.clone()
+    assert (codec.dtype, codec.numel) == (wire_dtype, 13)
+    codec.write(wire, written)
+    assert torch.equal(written, decoded)
+    scattered = [torch.empty_like(part) for part in parts]
+    codec.scatter(wire, scattered)
+    assert torch.equal(torch.cat(scattered), decoded)
+    codec.accumulate(wire, added, 2.0)
+    torch.testing.assert_close(added, target + 2.0 * decoded)
+
+    # What was given away leaves exactly the rounding error: nothing is lost.
+    residual = flat.clone()
+    codec.accumulate(wire, residual, -1.0)
+    assert torch.equal(residual, flat - decoded)
