@@ -11,7 +11,6 @@ from torch import Tensor
 from hvd_compress.algorithms.base import GradientState, State, UpdateState
 from hvd_compress.collectives import Average
 from hvd_compress.compressors.base import pieces
-from hvd_compress.exchange import dense_mean
 from hvd_compress.reducer import Reducer
 
 POINTS = ("shared", "virtual")
@@ -85,7 +84,9 @@ class Consensus:
             owed = cast(Tensor, state.owed_update(lr))
             if reducer.reduction.op != Average:
                 owed.mul_(reducer.link.size)
-        return dense_mean(owed, reducer.link, f"{state.bucket.name}.owed", reducer.recorder)
+        reducer.link.allreduce(owed, f"{state.bucket.name}.owed")
+        reducer.recorder.between_steps(reducer.link.sent)
+        return owed
 
     def flush(self) -> None:
         """Apply the mean of all residuals to the model and empty them."""

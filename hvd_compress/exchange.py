@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import NamedTuple, Optional, Sequence
+from typing import NamedTuple, Sequence
 
 import torch
 from torch import Tensor
@@ -62,13 +62,11 @@ class SummedExchange:
         if self._spread != 1.0:
             self._buffer.mul_(1.0 / self._spread)
         op, predivide = self._reduction
-        before = self._link.sent
         self._pending = [
             self._link.allreduce_async(self._buffer, self._name, op, 1.0 / predivide, predivide * self._spread)
         ]
         if self._own_tail:
             self._pending.append(self._link.allreduce_async(self.tail, f"{self._name}.tail", op))
-        self._recorder.bytes_sent(self._link.sent - before)
 
     def wait(self) -> None:
         """Wait until ``received`` and ``tail`` hold the aggregate over ranks.
@@ -104,12 +102,3 @@ class SummedExchange:
         if scale != 1.0:
             self.received.mul_(scale)
         self.codec.scatter(self.received, tensors)
-
-
-def dense_mean(flat: Tensor, link: Link, name: str, recorder: Optional[Recorder] = None) -> Tensor:
-    """Mean over ranks of a whole vector, in place (consensus points and flush)."""
-    before = link.sent
-    link.allreduce(flat, name)
-    if recorder is not None:
-        recorder.bytes_sent(link.sent - before)
-    return flat

@@ -274,7 +274,7 @@ class _DistributedOptimizer(torch.optim.Optimizer):
         norms = [float(torch.linalg.vector_norm(r)) for r in (s.residual() for s in reducer.states) if r is not None]
         coefficients = [s.coefficient for s in reducer.states if hasattr(s, "coefficient")]
         return reducer.recorder.snapshot(
-            reducer.dense_bytes, math.hypot(*norms), coefficients[0] if coefficients else math.nan
+            reducer.link.sent, reducer.dense_bytes, math.hypot(*norms), coefficients[0] if coefficients else math.nan
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from typing import Any, Callable, Iterator, Optional, Sequence, cast
 
@@ -194,19 +193,13 @@ class Reducer:
     def _heed_rewrites(self) -> None:
         """Let parameters that were broadcast or loaded since the last step become the shared model."""
         self._watch.launch(self._points())
-        rewritten, same = self._watch.rewritten()
-        if not rewritten:
-            return
-        for state in self.states:
-            if isinstance(state, UpdateState) and same:
-                state.heed(alone=self.link.size == 1)
-        if not same and self.step == 0:
-            warnings.warn(
-                f"hvd_compress: at the first step the parameters differ between ranks (this is rank {self.link.rank}); "
-                "call hvd.broadcast_parameters(model.state_dict(), root_rank=0) before training",
-                stacklevel=6,
-            )
-        self._watch.remember(self._points())
+        rewritten, same = self._watch.rewritten(first=self.step == 0)
+        if rewritten and same:
+            for state in self.states:
+                if isinstance(state, UpdateState):
+                    state.heed(alone=self.link.size == 1)
+        if rewritten:
+            self.stand()
 
     @property
     def dense_bytes(self) -> float:
@@ -265,7 +258,7 @@ class Reducer:
             # Also after a failed collective: an elastic job goes on from here.
             self._reset()
         self.step += 1
-        self.recorder.close_step()
+        self.recorder.close_step(self.link.sent)
         return False
 
     def _deliver(self, state: GradientState) -> None:
@@ -312,7 +305,7 @@ class Reducer:
         for state in states:
             state.finish()
         self.step += 1
-        self.recorder.close_step()
+        self.recorder.close_step(self.link.sent)
         self.stand()
 
     def stand(self) -> None:
@@ -320,5 +313,5 @@ class Reducer:
         self._watch.remember(self._points())
 
     def drop_pass_counts(self) -> None:
-        """Gradients stay local: only the counting of backward passes starts anew."""
+        """Nothing was exchanged: only the counting of backward passes starts anew."""
         self._reset()

@@ -9,6 +9,7 @@ runs: whether a rank saw its parameters rewritten, and a digest of them.
 
 from __future__ import annotations
 
+import warnings
 from typing import Optional, Sequence
 
 import torch
@@ -37,8 +38,8 @@ class RewriteWatch:
         if len(self._index) != len(flats):
             self._fresh = True
             self._index = [
-                torch.linspace(0, max(f.numel() - 1, 0), min(SAMPLES, f.numel()), dtype=torch.float64)
-                .round().to(torch.int64).to(f.device)
+                torch.linspace(0, max(f.numel() - 1, 0), min(SAMPLES, f.numel()), dtype=torch.float64, device=f.device)
+                .round().to(torch.int64)
                 for f in flats
             ]
         return [f.index_select(0, index) for f, index in zip(flats, self._index)]
@@ -67,8 +68,11 @@ class RewriteWatch:
         self._row = row
         self._pending = self._link.allreduce_async(row, "rewrites")
 
-    def rewritten(self) -> tuple[bool, bool]:
-        """Finish what ``launch`` started.
+    def rewritten(self, first: bool = False) -> tuple[bool, bool]:
+        """Finish what ``launch`` started (the host reads a row of numbers: the one synchronisation of a step).
+
+        Args:
+            first: no step has been taken yet; warn if ranks start from different parameters.
 
         Returns:
             (whether the parameters of any rank were rewritten, whether they are the same on all ranks).
@@ -80,7 +84,13 @@ class RewriteWatch:
         pending.wait()
         values = row.tolist()
         means, squares = values[1 : 1 + DIGITS], values[1 + DIGITS :]
-        same = all(abs(square - mean * mean) < 0.5 / self._link.size for mean, square in zip(means, squares))
+        same = all(abs(square - mean * mean) < 0.25 / self._link.size for mean, square in zip(means, squares))
+        if first and not same:
+            warnings.warn(
+                f"hvd_compress: at the first step parameters differ between ranks (this is rank {self._link.rank}); "
+                "call hvd.broadcast_parameters(model.state_dict(), root_rank=0) before training",
+                stacklevel=7,
+            )
         return values[0] > 0.25 / self._link.size, same
 
 

@@ -13,7 +13,7 @@ class Stats:
         steps: exchanges done so far.
         bytes_sent: bytes put on the wire by the last exchange, by the formula of the collective (ring
             allreduce: ``2 (P-1)/P`` times the payload), without the headers of the network.
-        total_bytes_sent: the same since the optimizer was built.
+        total_bytes_sent: everything sent since the optimizer was built, ``consensus`` and ``flush`` included.
         dense_bytes: what the last exchange would have sent uncompressed, in the parameters' dtype.
         ratio: ``dense_bytes / bytes_sent`` (1.0 when nothing is sent, at one rank).
         residual_norm: l2 norm of what this rank holds back, in update units for DEF, in gradient units
@@ -55,12 +55,10 @@ class Recorder:
     """Collects figures while a step goes on; ``close_step`` makes them the last step's."""
 
     steps: int = 0
+    counted: float = 0.0
     current: Figures = field(default_factory=Figures)
     last: Figures = field(default_factory=Figures)
     total: Figures = field(default_factory=Figures)
-
-    def bytes_sent(self, nbytes: float) -> None:
-        self.current.bytes_sent += nbytes
 
     def encode_seconds(self, seconds: float) -> None:
         self.current.encode_seconds += seconds
@@ -71,20 +69,25 @@ class Recorder:
     def wait_seconds(self, seconds: float) -> None:
         self.current.wait_seconds += seconds
 
-    def close_step(self) -> None:
-        """The exchange is complete."""
+    def close_step(self, sent: float) -> None:
+        """The exchange is complete; the link has sent ``sent`` bytes since the beginning."""
         self.steps += 1
         self.last, self.current = self.current, Figures()
+        self.last.bytes_sent, self.counted = sent - self.counted, sent
         for name, value in vars(self.last).items():
             setattr(self.total, name, getattr(self.total, name) + value)
 
-    def snapshot(self, dense_bytes: float, residual_norm: float, coefficient: float) -> Stats:
+    def between_steps(self, sent: float) -> None:
+        """What the link has sent since the last step was not for an exchange (consensus, flush)."""
+        self.counted = sent
+
+    def snapshot(self, sent: float, dense_bytes: float, residual_norm: float, coefficient: float) -> Stats:
         """The figures as a frozen record."""
         last, total = self.last, self.total
         return Stats(
             steps=self.steps,
             bytes_sent=last.bytes_sent,
-            total_bytes_sent=total.bytes_sent + self.current.bytes_sent,
+            total_bytes_sent=sent,
             dense_bytes=dense_bytes,
             ratio=dense_bytes / last.bytes_sent if last.bytes_sent else 1.0,
             residual_norm=residual_norm,

@@ -20,7 +20,8 @@ class Dense(Algorithm):
     """Average gradients in contiguous buckets, nothing compressed, nothing remembered.
 
     Args:
-        wire: ``Identity()``, or ``Cast(torch.float16)`` for what Horovod calls ``Compression.fp16``.
+        wire: ``Identity()``, or ``Cast(torch.float16)`` for what Horovod calls ``Compression.fp16``. Nothing
+            keeps what the cast loses, so a value beyond its range becomes an infinity that can be seen.
 
     Raises:
         ValueError: if ``wire`` is another compressor: it would lose what it does not send.
@@ -85,10 +86,8 @@ class _DenseState(GradientState):
         if self._wire is not self.out.flat:
             self._wire.copy_(self.out.flat)
         link, (op, predivide), recorder = self._context
-        before = link.sent
         prescale, postscale = (1.0 / predivide, predivide) if op == Average else (1.0, 1.0)
         self._pending = link.allreduce_async(self._wire, f"{self.bucket.name}.dense", op, prescale, postscale)
-        recorder.bytes_sent(link.sent - before)
         recorder.encode_seconds(time.perf_counter() - begin)
 
     def finish(self) -> list[Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hvd_compress import validation
 from hvd_compress.algorithms.base import Algorithm, Context, UpdateState, require_summable
-from hvd_compress.algorithms.folding import Folder, stand
+from hvd_compress.algorithms.folding import Coefficient, Folder, stand
 from hvd_compress.buckets import Bucket, Mirror
 from hvd_compress.collectives import Average
 from hvd_compress.compressors import Compressor
@@ -64,6 +64,7 @@ class DEF(Algorithm):
                 )
         else:
             validation.in_range("DEF", "coefficient", self.coefficient, 0.0, 1.0)
+            object.__setattr__(self, "coefficient", float(self.coefficient))  # one repr: ranks compare it
         validation.integer("DEF", "local_steps", self.local_steps, 1)
         validation.boolean("DEF", "rescale_residual", self.rescale_residual)
 
@@ -90,25 +91,31 @@ class _DEFState(UpdateState):
             # x, e and z at the coordinates of this step, gathered.
             self._x, self._e = torch.zeros_like(self._exchange.sent), torch.zeros_like(self._exchange.sent)
             self._z = torch.zeros_like(self._exchange.sent, dtype=bucket.dtype)
-        self.coefficient = FIRST_COEFFICIENT if self._auto else float(config.coefficient)
-        self._placed = 0.0  # the coefficient the parameters stand at now
-        self._mean_square, self._square_mean = 0.0, 0.0
+        self._coefficient: Coefficient = FIRST_COEFFICIENT if self._auto else float(config.coefficient)
+        self._placed: Coefficient = 0.0  # the coefficient the parameters stand at now
+        self._mean_square: Coefficient = 0.0
+        self._square_mean: Coefficient = 0.0
         self._lr = math.nan
         self.anchor()
 
     def buffers(self) -> dict[str, Mirror]:
         return {"shared": self.shared, "residual": self._residual}
 
+    @property
+    def coefficient(self) -> float:
+        """The coefficient in force (a host synchronisation where it is measured on an accelerator)."""
+        return float(self._coefficient)
+
     def scalars(self) -> dict[str, Any]:
         return {
-            "coefficient": self.coefficient, "placed": self._placed, "lr": self._lr,
-            "mean_square": self._mean_square, "square_mean": self._square_mean,
+            "coefficient": self.coefficient, "placed": float(self._placed), "lr": self._lr,
+            "mean_square": float(self._mean_square), "square_mean": float(self._square_mean),
         }
 
     def load_scalars(self, saved: Mapping[str, Any]) -> None:
-        self._lr, self._placed = float(saved["lr"]), float(saved.get("placed", self._placed))
+        self._lr, self._placed = float(saved["lr"]), float(saved.get("placed", float(self._placed)))
         if self._auto:
-            self.coefficient = float(saved["coefficient"])
+            self._coefficient = float(saved["coefficient"])
             self._mean_square, self._square_mean = float(saved["mean_square"]), float(saved["square_mean"])
 
     def residual(self) -> Optional[Tensor]:
@@ -135,7 +142,7 @@ class _DEFState(UpdateState):
         begin = time.perf_counter()
         gain, decay = self._gain_and_decay(lr)
         exchange, codec = self._exchange, self._exchange.codec
-        placed, self._placed = self._placed, self.coefficient
+        placed, self._placed = self._placed, self._coefficient
         codec.begin(step)
         if codec.restricts:
             # The coordinates are known beforehand: send them first, work on the rest while they travel.
@@ -178,12 +185,16 @@ class _DEFState(UpdateState):
 
     def _measure(self, size: int) -> None:
         """Best lambda = ||mean e||^2 / mean_k ||e_k||^2, as the mean square is that norm plus the variance."""
-        mean = self._exchange.received.to(self.bucket.state_dtype)
-        square_mean = float(mean.square().sum())
+        square_mean: Coefficient = self._exchange.received.to(self.bucket.state_dtype).square().sum()
         if self._context.reduction.op != Average:
-            square_mean /= size * size
-        mean_square = float(self._exchange.tail_mean(size))
+            square_mean = square_mean / (size * size)
+        mean_square: Coefficient = self._exchange.tail_mean(size).sum()
+        if self.bucket.device.type == "cpu":
+            square_mean, mean_square = float(square_mean), float(mean_square)
         self._square_mean = MEMORY * self._square_mean + (1 - MEMORY) * square_mean
         self._mean_square = MEMORY * self._mean_square + (1 - MEMORY) * mean_square
-        if self._mean_square > 0:
-            self.coefficient = min(1.0, self._square_mean / self._mean_square)
+        if isinstance(self._mean_square, Tensor):
+            tiny = torch.finfo(self.bucket.state_dtype).tiny
+            self._coefficient = (self._square_mean / self._mean_square.clamp(min=tiny)).clamp(max=1.0)
+        elif self._mean_square > 0:
+            self._coefficient = min(1.0, float(self._square_mean) / self._mean_square)

@@ -8,6 +8,8 @@ float32 on CPUs the compiled loop of ``native`` does the same in one go.
 
 from __future__ import annotations
 
+from typing import Union
+
 import torch
 from torch import Tensor
 
@@ -15,10 +17,15 @@ from hvd_compress import native
 
 TILE = 2**16
 
+# On accelerators a measured coefficient stays on the device, as a tensor without dimensions.
+Coefficient = Union[float, Tensor]
 
-def stand(x: Tensor, e: Tensor, coefficient: float, out: Tensor) -> None:
+
+def stand(x: Tensor, e: Tensor, coefficient: Coefficient, out: Tensor) -> None:
     """``out = x - coefficient * e``, rounded to ``out``'s dtype."""
-    if coefficient == 0.0:
+    if isinstance(coefficient, Tensor):
+        out.copy_(torch.addcmul(x, e, coefficient, value=-1))
+    elif coefficient == 0.0:
         out.copy_(x)
     elif native.applies(x, e, out):
         native.stand(x, e, coefficient, out)
@@ -40,13 +47,13 @@ class Folder:
         self._moved = x.new_empty(n)
         self._stood = self._moved if z.dtype == x.dtype else z.new_empty(n)
 
-    def fold(self, placed: float, coefficient: float, gain: float = 1.0, decay: float = 1.0) -> None:
+    def fold(self, placed: Coefficient, coefficient: Coefficient, gain: float = 1.0, decay: float = 1.0) -> None:
         """``u = (x - placed * e) - z;  e = decay * e + gain * u;  z = x - coefficient * e``.
 
         ``x - placed * e`` is recomputed exactly as it was when z was placed, rounding included, so u is
         what the wrapped optimizer subtracted and nothing else.
         """
-        if self._native:
+        if self._native and not isinstance(placed, Tensor) and not isinstance(coefficient, Tensor):
             native.fold(*self._vectors, placed, coefficient, gain, decay)
             return
         for x, e, z in self._tiles:

@@ -62,6 +62,8 @@ class RandomBlock(Compressor):
     def __post_init__(self) -> None:
         validation.density("RandomBlock", self.density)
         validation.integer("RandomBlock", "seed", self.seed, 0)
+        object.__setattr__(self, "density", float(self.density))  # one repr: ranks compare it
+        object.__setattr__(self, "seed", int(self.seed))
 
     def selection(self, name: str, numel: int, step: int) -> tuple[int, int]:
         """(start, length) of the block of tensor ``name`` with ``numel`` elements at ``step``; a pure function."""

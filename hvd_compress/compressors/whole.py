@@ -67,10 +67,10 @@ class Cast(Compressor):
 
 
 def _saturating_copy(source: Tensor, target: Tensor) -> None:
-    if target.dtype.itemsize < source.dtype.itemsize:
-        limit = torch.finfo(target.dtype).max
-        source = source.clamp(-limit, limit)
     target.copy_(source)
+    limit = torch.finfo(target.dtype).max
+    if limit < torch.finfo(source.dtype).max:
+        target.clamp_(-limit, limit)
 
 
 class _WholeCodec(Codec):

@@ -6,6 +6,8 @@ about twice as long. Set HVD_COMPRESS_NATIVE=0 to do without it.
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, Callable, Optional
@@ -15,10 +17,9 @@ from torch import Tensor
 
 _kernels: Any = None
 if os.environ.get("HVD_COMPRESS_NATIVE", "1") != "0":
-    try:
-        from hvd_compress.native import _kernels
-    except ImportError:  # not compiled: see above
-        _kernels = None
+    # A plain "from . import _kernels" would find the None above. Not compiled is no error: see there.
+    with contextlib.suppress(ImportError):
+        _kernels = importlib.import_module("hvd_compress.native._kernels")
 
 # Below this many elements per thread, waking a thread costs more than it saves.
 GRAIN = 2**18

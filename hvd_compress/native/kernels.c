@@ -21,15 +21,17 @@
 #define CLONES
 #endif
 
-/* u = (x - placed * e) - z;  e = decay * e + gain * u;  z = x - coefficient * e */
+/* A coefficient of 0 means x itself, also where e is not finite.
+ * u = (x - placed * e) - z;  e = decay * e + gain * u;  z = x - coefficient * e */
 CLONES static void fold_loop(const float *restrict x, float *restrict e, float *restrict z, Py_ssize_t n,
                              float placed, float coefficient, float gain, float decay)
 {
     for (Py_ssize_t i = 0; i < n; i++) {
-        const float moved = (x[i] - placed * e[i]) - z[i];
+        const float stood = placed == 0.0f ? x[i] : x[i] - placed * e[i];
+        const float moved = stood - z[i];
         const float owed = decay * e[i] + gain * moved;
         e[i] = owed;
-        z[i] = x[i] - coefficient * owed;
+        z[i] = coefficient == 0.0f ? x[i] : x[i] - coefficient * owed;
     }
 }
 
