@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hvd_compress import DEF, EF, Algorithm, Average, Cast, Compressor, Dense, Identity, RandomBlock, Sum
@@ -63,7 +63,11 @@ class Accelerator(TorchDispatchMode):
 @pytest.fixture
 def accelerator(monkeypatch: pytest.MonkeyPatch) -> Iterator[Accelerator]:
     # All meta tensors have address 0; real ones are told apart by theirs.
+    real_address = Tensor.data_ptr
+
     def address(tensor: Tensor) -> int:
+        if tensor.device != DEVICE:
+            return real_address(tensor)
         return int(tensor.untyped_storage()._cdata + tensor.storage_offset() * tensor.element_size())
 
     monkeypatch.setattr(Tensor, "data_ptr", address)
@@ -295,11 +299,15 @@ def test_whole_steps(
 
 
 def test_watching_for_rewrites(accelerator: Accelerator) -> None:
-    """Every step of an algorithm that exchanges updates; only its first use may copy indices from the host."""
-    watch, flats = RewriteWatch(StubLink()), [torch.zeros(1000, device=DEVICE)]  # type: ignore[arg-type]
-    with _disable_current_modes():
-        watch.remember(flats)
+    """All of a step but its verdict, which the host must read: it decides what is done before the next step."""
+    link = StubLink()
     for _ in range(2):
+        watch = RewriteWatch(link)  # type: ignore[arg-type]
+        flats = [torch.zeros(1000, device=DEVICE), torch.zeros(3, dtype=torch.bfloat16, device=DEVICE)]
         watch.launch(flats)
-        watch.rewritten()
+        watch.forget()
         watch.remember(flats)
+        watch.launch(flats)
+    assert len(link.calls) == 4
+    with pytest.raises(NotImplementedError, match="meta"):  # the verdict needs real numbers
+        watch.rewritten()

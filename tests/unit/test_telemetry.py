@@ -10,18 +10,17 @@ import pytest
 from hvd_compress.telemetry import Figures, Recorder
 
 
-def record(recorder: Recorder, nbytes: float, encode: float, decode: float, wait: float) -> None:
-    recorder.bytes_sent(nbytes)
+def record(recorder: Recorder, encode: float, decode: float, wait: float) -> None:
     recorder.encode_seconds(encode)
     recorder.decode_seconds(decode)
     recorder.wait_seconds(wait)
 
 
 def test_nothing_yet() -> None:
-    stats = Recorder().snapshot(0.0, 0.0, math.nan)
+    stats = Recorder().snapshot(0.0, 0.0, 0.0, math.nan)
     assert math.isnan(stats.coefficient)
     assert dataclasses.replace(stats, coefficient=0.0) == dataclasses.replace(
-        Recorder().snapshot(0.0, 0.0, 0.0)
+        Recorder().snapshot(0.0, 0.0, 0.0, 0.0)
     )
     assert (stats.steps, stats.bytes_sent, stats.total_bytes_sent, stats.ratio) == (0, 0.0, 0.0, 1.0)
 
@@ -29,13 +28,13 @@ def test_nothing_yet() -> None:
 def test_last_step_and_totals() -> None:
     recorder = Recorder()
     # Two buckets in the first step, one in the second.
-    record(recorder, 100.0, 0.5, 0.25, 1.0)
-    record(recorder, 28.0, 0.5, 0.25, 2.0)
-    recorder.close_step()
-    first = recorder.snapshot(1024.0, 2.5, 0.3)
-    record(recorder, 64.0, 0.125, 0.0, 0.5)
-    recorder.close_step()
-    second = recorder.snapshot(1024.0, 3.5, 0.4)
+    record(recorder, 0.5, 0.25, 1.0)
+    record(recorder, 0.5, 0.25, 2.0)
+    recorder.close_step(128.0)
+    first = recorder.snapshot(128.0, 1024.0, 2.5, 0.3)
+    record(recorder, 0.125, 0.0, 0.5)
+    recorder.close_step(192.0)
+    second = recorder.snapshot(192.0, 1024.0, 3.5, 0.4)
 
     assert (first.steps, second.steps) == (1, 2)
     assert (first.bytes_sent, first.total_bytes_sent) == (128.0, 128.0)
@@ -47,31 +46,30 @@ def test_last_step_and_totals() -> None:
     assert (second.dense_bytes, second.residual_norm, second.coefficient) == (1024.0, 3.5, 0.4)
 
 
-def test_a_step_that_goes_on_counts_in_the_totals_only() -> None:
+def test_what_is_sent_between_steps_counts_in_the_totals_only() -> None:
     recorder = Recorder()
-    record(recorder, 8.0, 1.0, 1.0, 1.0)
-    recorder.close_step()
-    recorder.bytes_sent(100.0)
-    stats = recorder.snapshot(16.0, 0.0, math.nan)
+    recorder.close_step(8.0)
+    recorder.between_steps(108.0)
+    stats = recorder.snapshot(108.0, 16.0, 0.0, math.nan)
     assert (stats.steps, stats.bytes_sent, stats.ratio, stats.total_bytes_sent) == (1, 8.0, 2.0, 108.0)
-    recorder.close_step()
-    assert recorder.snapshot(16.0, 0.0, math.nan).total_bytes_sent == 108.0, "no byte counts twice"
+    recorder.close_step(118.0)
+    assert recorder.snapshot(118.0, 16.0, 0.0, math.nan).bytes_sent == 10.0
 
 
 def test_one_rank_sends_nothing() -> None:
     recorder = Recorder()
-    recorder.close_step()
-    assert recorder.snapshot(0.0, 1.0, math.nan).ratio == 1.0
+    recorder.close_step(0.0)
+    assert recorder.snapshot(0.0, 0.0, 1.0, math.nan).ratio == 1.0
 
 
 def test_a_snapshot_does_not_change_any_more() -> None:
     recorder = Recorder()
-    record(recorder, 8.0, 1.0, 1.0, 1.0)
-    recorder.close_step()
-    stats = recorder.snapshot(16.0, 0.0, 0.0)
+    record(recorder, 1.0, 1.0, 1.0)
+    recorder.close_step(8.0)
+    stats = recorder.snapshot(8.0, 16.0, 0.0, 0.0)
     before = dataclasses.astuple(stats)
-    record(recorder, 9.0, 2.0, 2.0, 2.0)
-    recorder.close_step()
+    record(recorder, 2.0, 2.0, 2.0)
+    recorder.close_step(17.0)
     assert dataclasses.astuple(stats) == before
     with pytest.raises(dataclasses.FrozenInstanceError):
         stats.steps = 5  # type: ignore[misc]
@@ -79,6 +77,6 @@ def test_a_snapshot_does_not_change_any_more() -> None:
 
 def test_recorders_share_nothing() -> None:
     one, other = Recorder(), Recorder()
-    record(one, 8.0, 1.0, 1.0, 1.0)
-    one.close_step()
-    assert other == Recorder(0, Figures(), Figures(), Figures())
+    record(one, 1.0, 1.0, 1.0)
+    one.close_step(8.0)
+    assert other == Recorder(0, 0.0, Figures(), Figures(), Figures())
