@@ -23,7 +23,7 @@ test: setup lint ## everything quick: lint, unit tests, real jobs of 1, 2, 3, 4 
 test-full: setup lint ## also the slow ones
 	@$(PYTEST) -q tests
 
-test-slurm: setup ## a real one-node SLURM on this machine: install, start, submit, check, stop (root)
+test-slurm: setup ## a real SLURM on this machine: install, start, submit, check, stop (root)
 	@scripts/slurm_cluster.sh test
 
 lint: setup ## ruff and mypy

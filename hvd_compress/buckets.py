@@ -14,6 +14,8 @@ from hvd_compress.compressors.base import Layout, pieces
 # Per bucket of gradients: large enough that the latency of a collective does not count, small enough that
 # the first buckets travel while backward still computes the others.
 BUCKET_BYTES = 32 * 2**20
+# A compressed bucket may be larger: below this payload a collective costs its latency, not its bytes.
+PAYLOAD_BYTES = 2**20
 
 
 class Entry(NamedTuple):

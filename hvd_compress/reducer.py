@@ -12,7 +12,7 @@ from torch.nn import Parameter
 from hvd_compress import amp, sparse
 from hvd_compress.algorithms.base import Algorithm, Context, GradientState, Rate, State, UpdateState
 from hvd_compress.arguments import Groups, teams_of
-from hvd_compress.buckets import BUCKET_BYTES, Entry, build
+from hvd_compress.buckets import Entry, build
 from hvd_compress.collectives import Link, Sum, is_elastic
 from hvd_compress.exchange import Reduction
 from hvd_compress.rewrites import RewriteWatch
@@ -165,7 +165,7 @@ class Reducer:
             [Entry(p, self.names[p], group_of[p]) for p in order],
             prefix=f"bucket{len(self.states)}.",
             split_groups=not exchanges_updates or not getattr(self.algorithm, "rescale_residual", True),
-            max_bytes=float("inf") if exchanges_updates else BUCKET_BYTES,
+            max_bytes=self.algorithm.bucket_bytes,
             teams=[] if exchanges_updates else teams_of(self._groups, order),
         )
         context = Context(self.link, self.reduction, self.recorder)

@@ -8,12 +8,13 @@ optimizer subtracted is exchanged (in ``step()``).
 from __future__ import annotations
 
 import abc
+import math
 from typing import Any, ClassVar, Mapping, NamedTuple, Optional, Sequence, Union
 
 import torch
 from torch import Tensor
 
-from hvd_compress.buckets import Bucket, Mirror
+from hvd_compress.buckets import BUCKET_BYTES, Bucket, Mirror
 from hvd_compress.collectives import Link
 from hvd_compress.compressors import Compressor
 from hvd_compress.exchange import Reduction
@@ -164,6 +165,11 @@ class Algorithm(abc.ABC):
     """
 
     exchanges_updates: ClassVar[bool] = False
+
+    @property
+    def bucket_bytes(self) -> float:
+        """Bytes of parameters after which a bucket is closed."""
+        return math.inf if self.exchanges_updates else BUCKET_BYTES
 
     @abc.abstractmethod
     def attach(self, bucket: Bucket, context: Context) -> State:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hvd_compress import validation
 from hvd_compress.algorithms.base import Algorithm, Context, GradientState, Rate, require_summable
-from hvd_compress.buckets import Bucket, Mirror
+from hvd_compress.buckets import BUCKET_BYTES, PAYLOAD_BYTES, Bucket, Mirror
 from hvd_compress.compressors import Compressor
 from hvd_compress.exchange import SummedExchange
 
@@ -42,6 +42,10 @@ class EF(Algorithm):
     def __post_init__(self) -> None:
         require_summable("EF", self.compressor)
         validation.boolean("EF", "rescale_residual", self.rescale_residual)
+
+    @property
+    def bucket_bytes(self) -> float:
+        return max(BUCKET_BYTES, PAYLOAD_BYTES / self.compressor.fraction)
 
     def attach(self, bucket: Bucket, context: Context) -> GradientState:
         return _EFState(self, bucket, context)

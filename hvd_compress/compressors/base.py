@@ -102,6 +102,11 @@ class Compressor(abc.ABC):
     summable: ClassVar[bool] = True
     lossless: ClassVar[bool] = False
 
+    @property
+    def fraction(self) -> float:
+        """About how much of a tensor's bytes its payload has."""
+        return 1.0
+
     @abc.abstractmethod
     def encode(self, tensor: Tensor, name: str = "", step: int = 0) -> Payload:
         """Compress one tensor of any shape; ``name`` and ``step`` seed what is drawn."""

@@ -65,6 +65,10 @@ class RandomBlock(Compressor):
         object.__setattr__(self, "density", float(self.density))  # one repr: ranks compare it
         object.__setattr__(self, "seed", int(self.seed))
 
+    @property
+    def fraction(self) -> float:
+        return self.density
+
     def selection(self, name: str, numel: int, step: int) -> tuple[int, int]:
         """(start, length) of the block of tensor ``name`` with ``numel`` elements at ``step``; a pure function."""
         length = block_length(numel, self.density)

@@ -42,7 +42,10 @@ def command(launcher: str, ranks: int, directory: str, argv: list[str]) -> list[
     if launcher == "gloo":
         # Horovod 0.28.1 fails on --output-filename with one rank.
         files = ["--output-filename", directory] if ranks > 1 else []
-        return [str(binaries / "horovodrun"), "--gloo", "-np", str(ranks), "-H", f"localhost:{ranks}", *files, *argv]
+        # Its 30 seconds for a collective are too few on a machine that stalls; our own timeout ends what hangs.
+        patience = ["--gloo-timeout-seconds", "240", "--network-interfaces", "lo"]
+        hosts = ["-np", str(ranks), "-H", f"localhost:{ranks}"]
+        return [str(binaries / "horovodrun"), "--gloo", *patience, *hosts, *files, *argv]
     if launcher == "mpi":
         return ["mpirun", "--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "-np", str(ranks), *argv]
     raise ValueError(f"launcher={launcher!r} must be 'gloo' or 'mpi'")

@@ -1,0 +1,202 @@
+"""Does compressed training reach what dense training reaches? Digits and Fashion-MNIST, 4 ranks, 1/64.
+
+Trains examples/train.py dense, with EF and with DEF at the same learning rate, and with EF at a fifth of
+it, over several seeds, on this host under horovodrun. Writes the figures to benchmarks/results/, the
+curves to docs/figures/ and the table into docs/convergence.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "examples"))
+
+import report  # noqa: E402
+from launch import LaunchError, launch  # noqa: E402
+
+SCRIPT = ROOT / "examples" / "train.py"
+RESULTS = ROOT / "benchmarks" / "results" / "convergence.json"
+FIGURE = ROOT / "docs" / "figures" / "convergence.png"
+PAGE = ROOT / "docs" / "convergence.md"
+BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
+MARGIN = 1.0  # points of test accuracy that DEF may lose
+
+
+class Task(NamedTuple):
+    """A data set with what it is trained with; the same for every method."""
+
+    dataset: str
+    lr: float
+    seeds: int
+    options: list[str]
+
+
+class Method(NamedTuple):
+    compression: str
+    lr_divisor: float = 1.0
+
+
+TASKS = [
+    Task("digits", 0.05, 2, ["--epochs", "40", "--batch-size", "16", "--width", "16"]),
+    Task("fashion-mnist", 0.05, 1,
+         ["--epochs", "30", "--batch-size", "32", "--width", "8", "--train-samples", "10000"]),
+]
+METHODS = {
+    "dense": Method("dense"), "DEF": Method("def"), "EF": Method("ef"), "EF, lr / 5": Method("ef", 5),
+}
+
+
+def train(task: Task, method: Method, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    """The log of one run; with --reuse one that is there already."""
+    lr = task.lr / method.lr_divisor
+    directory = args.runs / task.dataset / f"{method.compression}-lr{lr:g}-seed{seed}"
+    options = ["--dataset", task.dataset, "--lr", f"{lr:g}", "--seed", str(seed), *task.options,
+               "--compression", method.compression, "--density", args.density]
+    if method.compression != "dense":
+        options.append("--evaluate-virtual")
+    if args.data_dir:
+        options += ["--data-dir", str(args.data_dir)]
+    done = directory / "log.json"
+    # The launcher's output file is removed when a run has ended well: what is there then is complete.
+    if not (args.reuse and done.exists() and not (directory / "output.txt").exists()):
+        done.unlink(missing_ok=True)
+        launch(SCRIPT, [*options, "--output", str(directory)], args.ranks, directory / "output.txt", show=False)
+        (directory / "output.txt").unlink()
+    log: dict[str, Any] = report.read_log(done)
+    return log
+
+
+def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """One record per data set and method, seeds in lists."""
+    records = []
+    for task in TASKS:
+        if task.dataset not in args.datasets:
+            continue
+        seeds = args.seeds or task.seeds
+        for name, method in METHODS.items():
+            logs = []
+            for seed in range(seeds):
+                log = train(task, method, seed, args)
+                logs.append(log)
+                last = log["epochs"][-1]
+                print(f"{task.dataset:14} {name:11} seed {seed}  {last['test_accuracy']:6.2f} %"
+                      f"  {log['megabytes_sent']:8.2f} MB  {log['seconds']:6.1f} s", flush=True)
+            records.append({
+                "dataset": task.dataset, "method": name, "lr": task.lr / method.lr_divisor, "seeds": seeds,
+                "ranks": args.ranks, "density": args.density, "options": task.options,
+                "parameters": logs[0]["parameters"], "megabytes_sent": logs[0]["megabytes_sent"],
+                "accuracy": [log["epochs"][-1]["test_accuracy"] for log in logs],
+                "virtual_accuracy": [log["epochs"][-1].get("virtual_accuracy") for log in logs],
+                "train_loss": [log["epochs"][-1]["train_loss"] for log in logs],
+                "curves": [[epoch["test_accuracy"] for epoch in log["epochs"]] for log in logs],
+            })
+    return records
+
+
+def markdown(records: list[dict[str, Any]]) -> str:
+    """The table: mean over seeds, lowest and highest, and what compression saved."""
+    dense = {r["dataset"]: r for r in records if r["method"] == "dense"}
+    rows = []
+    for r in records:
+        reference = dense[r["dataset"]]
+        rows.append([
+            r["dataset"], r["method"], f"{r['lr']:g}", f"{statistics.mean(r['accuracy']):.2f}",
+            f"{min(r['accuracy']):.2f} to {max(r['accuracy']):.2f}",
+            f"{statistics.mean(r['accuracy']) - statistics.mean(reference['accuracy']):+.2f}",
+            _mean(r["virtual_accuracy"], ".2f"), _mean(r["train_loss"], ".4f"), f"{r['megabytes_sent']:.2f}",
+        ])
+    text: str = report.table(
+        ["data set", "method", "lr", "test accuracy % (mean)", "lowest to highest", "against dense",
+         "at the virtual point", "train loss", "MB sent per rank"], rows)
+    return text
+
+
+def _mean(values: list[Any], form: str) -> str:
+    return "-" if any(value is None for value in values) else format(statistics.mean(values), form)
+
+
+def verdicts(records: list[dict[str, Any]]) -> list[str]:
+    """Whether DEF stayed within MARGIN of dense, in words, and where EF came out at the same rate."""
+    lines = []
+    for dataset in dict.fromkeys(r["dataset"] for r in records):
+        mean = {r["method"]: statistics.mean(r["accuracy"]) for r in records if r["dataset"] == dataset}
+        gap, ef_gap = mean["DEF"] - mean["dense"], mean["EF"] - mean["dense"]
+        held = "within" if gap >= -MARGIN else "NOT within"
+        lines.append(f"{dataset}: DEF is {held} {MARGIN:g} point of dense ({gap:+.2f}); EF at the same "
+                     f"learning rate: {ef_gap:+.2f}")
+    return lines
+
+
+def plot(records: list[dict[str, Any]], path: Path) -> None:
+    """Mean test accuracy per epoch, a panel per data set, the range over seeds shaded."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    datasets = list(dict.fromkeys(r["dataset"] for r in records))
+    figure, panels = pyplot.subplots(
+        1, len(datasets), figsize=(5.2 * len(datasets), 4), layout="constrained", squeeze=False)
+    for axes, dataset in zip(panels[0], datasets):
+        of_dataset = [r for r in records if r["dataset"] == dataset]
+        for (colour, style), r in zip(report.STYLES, of_dataset):
+            epochs = list(zip(*r["curves"]))
+            x = range(1, len(epochs) + 1)
+            axes.plot(x, [statistics.mean(e) for e in epochs], style, color=colour)
+            axes.fill_between(x, [min(e) for e in epochs], [max(e) for e in epochs], color=colour, alpha=0.12, lw=0)
+        axes.set_title(f"{dataset}, {of_dataset[0]['ranks']} ranks, density {of_dataset[0]['density']}")
+        best = max(max(map(max, r["curves"])) for r in of_dataset)
+        axes.set(xlabel="epoch", ylabel="test accuracy (%)", ylim=(max(0, best - 40), min(101, best + 3)))
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    # Below the panels: inside it would cover one curve or another.
+    methods = [r["method"] for r in records if r["dataset"] == datasets[0]]
+    figure.legend(panels[0][0].get_lines(), methods, loc="outside lower center", ncols=len(methods), frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def update_page(page: Path, text: str) -> None:
+    """Puts `text` between the two marks of the page."""
+    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+    _, mark, after = rest.partition(END)
+    if not mark:
+        raise SystemExit(f"{page} lacks the lines {BEGIN} and {END}")
+    page.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [task.dataset for task in TASKS]
+    parser.add_argument("--datasets", nargs="+", choices=names, default=names)
+    parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--density", default="1/64")
+    parser.add_argument("--seeds", type=int, help="how many (default: 2 for digits, 1 for Fashion-MNIST)")
+    parser.add_argument("--data-dir", type=Path, help="where the four Fashion-MNIST .gz files are")
+    parser.add_argument("--runs", type=Path, default=Path("runs/convergence"), help="for logs and checkpoints")
+    parser.add_argument("--reuse", action="store_true", help="take finished runs in --runs as they are")
+    parser.add_argument("--no-docs", action="store_true", help="print only: leave results, figure and page alone")
+    args = parser.parse_args()
+    try:
+        records = measure(args)
+    except LaunchError as error:
+        print(f"FAILED: {error}", file=sys.stderr)
+        return 1
+    text = markdown(records) + "\n\n" + "\n".join(f"- {line}" for line in verdicts(records))
+    print("\n" + text)
+    if not args.no_docs:
+        report.write_json(records, RESULTS)
+        plot(records, FIGURE)
+        update_page(PAGE, text)
+        print(f"\nfigures {RESULTS}\ncurves  {FIGURE}\ntable   {PAGE}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""Checkpoints that survive a kill at any moment: the shared model once, the optimizer once per rank.
+
+An optimizer that compresses holds on each rank what that rank has not sent yet; without it a resumed run
+would lose gradient. So every rank writes `checkpoint.epochE.rankR.pt`, and only when all of them are on
+disk does rank 0 put `checkpoint.pt`, which names E, in place of the one before.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import horovod.torch as hvd
+import torch
+
+
+def write(content: dict[str, Any], path: Path) -> None:
+    """Saves whole or not at all."""
+    part = path.with_name(path.name + ".tmp")
+    with open(part, "wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def rank_file(directory: Path, epoch: int, rank: int) -> Path:
+    return directory / f"checkpoint.epoch{epoch}.rank{rank}.pt"
+
+
+def snapshot(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of what the model holds now."""
+    return {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+
+
+def save(
+    directory: Path, epoch: int, weights: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler, history: list[dict[str, Any]],
+) -> None:
+    """Collective: keeps the state after `epoch` epochs; `weights` are the shared model's."""
+    directory.mkdir(parents=True, exist_ok=True)
+    mine = {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
+    write(mine, rank_file(directory, epoch, hvd.rank()))
+    hvd.barrier()
+    if hvd.rank() == 0:
+        content = {"epoch": epoch, "ranks": hvd.size(), "model": weights, "history": history}
+        write(content, directory / "checkpoint.pt")
+        for old in directory.glob("checkpoint.epoch*.rank*.pt"):
+            if f".epoch{epoch}." not in old.name:
+                old.unlink()
+
+
+def load_model(directory: Path, model: torch.nn.Module) -> tuple[int, int, list[dict[str, Any]]]:
+    """Collective: rank 0 loads the shared model if there is one; all learn (epoch, ranks, history).
+
+    The epoch is 0 where there is no checkpoint. The other ranks get the weights by the broadcast that
+    every Horovod script does anyway.
+    """
+    found: tuple[int, int, list[dict[str, Any]]] = (0, hvd.size(), [])
+    path = directory / "checkpoint.pt"
+    if hvd.rank() == 0 and path.exists():
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        model.load_state_dict(content["model"])
+        found = (content["epoch"], content["ranks"], content["history"])
+    result: tuple[int, int, list[dict[str, Any]]] = hvd.broadcast_object(found, name="checkpoint.model")
+    return result
+
+
+def load_optimizer(
+    directory: Path, epoch: int, ranks: int, optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+) -> None:
+    """Each rank takes up its own momentum and residual. Comes AFTER the broadcasts: they are rank 0's."""
+    same = ranks == hvd.size()
+    path = rank_file(directory, epoch, hvd.rank() if same else 0)
+    mine = torch.load(path, map_location="cpu", weights_only=True)
+    scheduler.load_state_dict(mine["scheduler"])
+    if same:
+        optimizer.load_state_dict(mine["optimizer"])
+        return
+    if hvd.rank() == 0:
+        print(f"the checkpoint is of {ranks} ranks, this run has {hvd.size()}: the model and the learning "
+              "rate go on, momentum and residuals start anew", flush=True)
+    for group, rate in zip(optimizer.param_groups, scheduler.get_last_lr()):
+        group["lr"] = rate

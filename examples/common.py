@@ -1,0 +1,98 @@
+"""What both training scripts do round the training loop: device, evaluation, batch norm, bytes."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import horovod.torch as hvd
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, Subset, TensorDataset
+
+MEGABYTE = 1e6
+
+
+class Score(NamedTuple):
+    loss: float
+    accuracy: float  # percent
+
+
+def choose_device() -> torch.device:
+    """This rank's GPU, with TF32, or its share of the cores."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(hvd.local_rank())
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
+        return torch.device("cuda")
+    if "OMP_NUM_THREADS" in os.environ:  # the launcher has decided: torch follows it by itself
+        return torch.device("cpu")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(max(1, cores // hvd.local_size()))
+    return torch.device("cpu")
+
+
+def evaluation_point(optimizer: Any, point: str = "shared") -> AbstractContextManager[Any]:
+    """Within it the parameters are the model to evaluate and save. Collective.
+
+    Horovod's own optimizer has no other point than the one it trains at.
+    """
+    consensus = getattr(optimizer, "consensus", None)
+    return nullcontext() if consensus is None else consensus(point=point)
+
+
+def average_batch_norm(model: nn.Module) -> None:
+    """Each rank saw other images: from here on all have the mean of their running statistics."""
+    statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+    if statistics:
+        means = hvd.grouped_allreduce(statistics, name="batch_norm", op=hvd.Average)
+        for buffer, mean in zip(statistics, means):
+            buffer.copy_(mean)
+
+
+def mean_over_ranks(value: float, name: str) -> float:
+    return float(hvd.allreduce(torch.tensor(value, dtype=torch.float64), name=name, op=hvd.Average))
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, dataset: TensorDataset, device: torch.device) -> Score:
+    """Mean loss and accuracy of the whole data set, each rank looking at its share of it."""
+    was_training = model.training
+    model.eval()
+    share = Subset(dataset, range(hvd.rank(), len(dataset), hvd.size()))
+    sums = torch.zeros(3, dtype=torch.float64)
+    for images, labels in DataLoader(share, batch_size=500):
+        images, labels = images.to(device), labels.to(device)
+        logits = model(images)
+        loss = functional.cross_entropy(logits, labels, reduction="sum")
+        correct = (logits.argmax(1) == labels).sum()
+        sums += torch.tensor([loss.item(), correct.item(), len(labels)], dtype=torch.float64)
+    model.train(was_training)
+    total_loss, total_correct, count = hvd.allreduce(sums, name="evaluate", op=hvd.Sum).tolist()
+    return Score(total_loss / count, 100 * total_correct / count)
+
+
+def virtual_accuracy(
+    optimizer: Any, model: nn.Module, dataset: TensorDataset, device: torch.device, args: argparse.Namespace
+) -> float | None:
+    """With --evaluate-virtual: the accuracy of the model less everything held back. Collective."""
+    if not getattr(args, "evaluate_virtual", False):
+        return None
+    with evaluation_point(optimizer, point="virtual"):
+        return evaluate(model, dataset, device).accuracy
+
+
+def megabytes_sent(optimizer: Any, model: nn.Module, steps: int) -> float:
+    """What this rank has sent after `steps` steps, as the optimizer counted it.
+
+    Horovod counts nothing: for its optimizer this is what ring allreduces of every gradient take.
+    """
+    stats = getattr(optimizer, "stats", None)
+    if stats is not None:
+        return float(stats().total_bytes_sent) / MEGABYTE
+    per_step = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    size: int = hvd.size()
+    return steps * per_step * 2 * (size - 1) / size / MEGABYTE
