@@ -90,6 +90,8 @@ class Link:
     ) -> Pending:
         """Sum or average ``tensor`` (contiguous; int32, int64, float16/32/64) over ranks, in place."""
         if self.size == 1:
+            if prescale * postscale != 1.0:
+                tensor.mul_(prescale * postscale)
             return Pending(None)
         self.sent += 2 * (self.size - 1) / self.size * tensor.numel() * tensor.element_size()
         return Pending(

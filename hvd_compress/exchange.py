@@ -26,6 +26,16 @@ class Reduction(NamedTuple):
     predivide: float = 1.0
 
 
+def spread_of(bucket: Bucket, dtype: torch.dtype) -> float:
+    """Power of two to divide a bucket's payload by before it travels, and to multiply it with by Horovod after.
+
+    Horovod fuses what happens to be ready in the same cycle, and where a ring cuts a fused buffer decides in
+    which order ranks are added: results would depend on timing. It never fuses collectives with different
+    scale factors, and powers of two round nothing (16-bit payloads have no range to spare and are left alone).
+    """
+    return 2.0 ** (bucket.ordinal % 16) if dtype.itemsize > 2 else 1.0
+
+
 class SummedExchange:
     """Payloads that may be added: one ring-allreduce of fixed size and stable name per step.
 
@@ -48,10 +58,7 @@ class SummedExchange:
         buffer = torch.zeros(n + rides, dtype=self.codec.dtype, device=bucket.device)
         self._buffer, self.received = buffer, buffer[:n]
         self.sent = torch.zeros(n, dtype=self.codec.dtype, device=bucket.device)
-        # Horovod fuses what happens to be ready in the same cycle, and where a ring cuts a fused buffer decides
-        # in which order ranks are added: results would depend on timing. It never fuses collectives with
-        # different scale factors, and powers of two round nothing.
-        self._spread = 2.0 ** (bucket.ordinal % 16) if self.codec.dtype == bucket.state_dtype else 1.0
+        self._spread = spread_of(bucket, self.codec.dtype)
         self._own_tail = tail and not rides
         self.tail = torch.zeros(tail, dtype=bucket.state_dtype, device=bucket.device) if self._own_tail else buffer[n:]
         self._pending: list[Pending] = []

@@ -13,6 +13,7 @@ from hvd_compress.algorithms.base import Algorithm, Context, GradientState, Rate
 from hvd_compress.buckets import Bucket, Mirror
 from hvd_compress.collectives import Average, Pending
 from hvd_compress.compressors import Cast, Compressor, Identity
+from hvd_compress.exchange import spread_of
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,15 @@ class _DenseState(GradientState):
         if isinstance(config.wire, Cast) and config.wire.dtype.itemsize < wire_dtype.itemsize:
             wire_dtype = config.wire.dtype
         self._wire = self.out.flat if wire_dtype == bucket.dtype else torch.zeros_like(self.out.flat, dtype=wire_dtype)
+        self._spread = spread_of(bucket, wire_dtype)
         self._pending = Pending(None)
         self._absorbed: set[int] = set()
 
     def absorb(self, index: int, gradient: Tensor, rate: Rate) -> Optional[Tensor]:
         view = self.out.views[index]
-        if gradient.data_ptr() != view.data_ptr():
+        if self._spread != 1.0:
+            torch.mul(gradient, 1.0 / self._spread, out=view)
+        elif gradient.data_ptr() != view.data_ptr():
             view.copy_(gradient)
         self._absorbed.add(index)
         return view
@@ -69,10 +73,11 @@ class _DenseState(GradientState):
 
     def start(self, step: int, gradients: Sequence[Optional[Tensor]], rate: Rate) -> None:
         begin = time.perf_counter()
-        targets, sources, missing = [], [], []
+        targets, sources, missing, unscaled = [], [], [], []
         for index, (view, gradient) in enumerate(zip(self.out.views, gradients)):
             if index in self._absorbed:
                 continue
+            unscaled.append(view)
             if gradient is None:
                 missing.append(view)
             elif gradient.data_ptr() != view.data_ptr():
@@ -83,11 +88,14 @@ class _DenseState(GradientState):
             torch._foreach_zero_(missing)
         if targets:
             torch._foreach_copy_(targets, sources)
+        if self._spread != 1.0 and unscaled:
+            torch._foreach_mul_(unscaled, 1.0 / self._spread)
         if self._wire is not self.out.flat:
             self._wire.copy_(self.out.flat)
         link, (op, predivide), recorder = self._context
         prescale, postscale = (1.0 / predivide, predivide) if op == Average else (1.0, 1.0)
-        self._pending = link.allreduce_async(self._wire, f"{self.bucket.name}.dense", op, prescale, postscale)
+        name = f"{self.bucket.name}.dense"
+        self._pending = link.allreduce_async(self._wire, name, op, prescale, postscale * self._spread)
         recorder.encode_seconds(time.perf_counter() - begin)
 
     def finish(self) -> list[Tensor]:

@@ -1,7 +1,7 @@
 """Real Horovod jobs from pytest: launch N ranks, run every check of a job file, report per check and rank.
 
 A job file in ``jobs/`` has functions named ``check_*`` and, if it wants other numbers of ranks than the
-default, a tuple ``RANKS``. All checks of a file run in one job, in order; each rank notes how each of
+default, a tuple ``RANKS`` (``FULL_RANKS``: in ``make test-full`` only; ``MPI_RANKS``: under mpirun). All checks of a file run in one job, in order; each rank notes how each of
 them ended, so one launch serves many tests.
 """
 
@@ -89,21 +89,22 @@ def run_job(path: Path, ranks: int, launcher: str) -> Outcome:
     return launch([sys.executable, str(path)], ranks, launcher)
 
 
-def collect() -> list[tuple[Path, int, str, str]]:
-    """(file, ranks, launcher, check) of every check of every job file."""
-    found = []
+def collect() -> list[tuple[Path, int, str, str, bool]]:
+    """(file, ranks, launcher, check, only in the full run) of every check of every job file."""
+    found: list[tuple[Path, int, str, str, bool]] = []
     for path in sorted(JOBS.glob("*.py")):
         tree = ast.parse(path.read_text())
         constants = {
             node.targets[0].id: ast.literal_eval(node.value)
             for node in tree.body
             if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
-            and node.targets[0].id in ("RANKS", "MPI_RANKS")
+            and node.targets[0].id in ("RANKS", "FULL_RANKS", "MPI_RANKS")
         }
         checks = [n.name for n in tree.body if isinstance(n, ast.FunctionDef) and n.name.startswith("check_")]
-        jobs = [(n, "gloo") for n in constants.get("RANKS", DEFAULT_RANKS)]
-        jobs += [(n, "mpi") for n in constants.get("MPI_RANKS", ())]
-        found += [(path, ranks, launcher, check) for ranks, launcher in jobs for check in checks]
+        jobs = [(n, "gloo", False) for n in constants.get("RANKS", DEFAULT_RANKS)]
+        jobs += [(n, "gloo", True) for n in constants.get("FULL_RANKS", ())]
+        jobs += [(n, "mpi", False) for n in constants.get("MPI_RANKS", ())]
+        found += [(path, ranks, launcher, check, full) for ranks, launcher, full in jobs for check in checks]
     return found
 
 

@@ -8,13 +8,16 @@ import pytest
 
 from tests.multirank import harness
 
-CASES = harness.collect()
+CASES = [
+    pytest.param(
+        path, ranks, launcher, check,
+        id=f"{path.stem}-{check.removeprefix('check_')}-{launcher}{ranks}",
+        marks=[pytest.mark.full] if full else [],
+    )
+    for path, ranks, launcher, check, full in harness.collect()
+]
 
 
-@pytest.mark.parametrize(
-    ("path", "ranks", "launcher", "check"),
-    CASES,
-    ids=[f"{path.stem}-{check.removeprefix('check_')}-{launcher}{ranks}" for path, ranks, launcher, check in CASES],
-)
+@pytest.mark.parametrize(("path", "ranks", "launcher", "check"), CASES)
 def test_job(path: Path, ranks: int, launcher: str, check: str) -> None:
     harness.verify(path, ranks, launcher, check)

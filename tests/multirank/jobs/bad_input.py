@@ -13,7 +13,8 @@ from torch import nn
 import hvd_compress
 from hvd_compress import DEF, EF, Dense, DistributedOptimizer, RandomBlock
 
-RANKS = (2, 3)
+RANKS = (3,)
+FULL_RANKS = (2,)
 
 
 def sgd(model: nn.Module) -> torch.optim.SGD:

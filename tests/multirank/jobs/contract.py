@@ -13,7 +13,8 @@ from torch import nn
 
 from hvd_compress import DEF, EF, Dense, DistributedOptimizer, Identity, RandomBlock
 
-RANKS = (2, 3, 4)
+RANKS = (2, 3)
+FULL_RANKS = (4,)
 EXACT = (Dense(), EF(Identity()), DEF(Identity()))  # equal to data-parallel training
 LOSSY = (EF(RandomBlock(density=0.25)), DEF(RandomBlock(density=0.25)))
 
@@ -125,7 +126,7 @@ def check_groups_change_nothing() -> None:
             train(model, optimizer, 10, lambda t: 0.1)
             results.append(flat(model))
         for other in results[1:]:
-            close(other, results[0], 1e-6, f"parameters with {compression}")
+            close(other, results[0], 1e-5, f"parameters with {compression}")
 
 
 def check_clipping_between_synchronize_and_step() -> None:
