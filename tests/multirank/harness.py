@@ -1,8 +1,9 @@
 """Real Horovod jobs from pytest: launch N ranks, run every check of a job file, report per check and rank.
 
 A job file in ``jobs/`` has functions named ``check_*`` and, if it wants other numbers of ranks than the
-default, a tuple ``RANKS`` (``FULL_RANKS``: in ``make test-full`` only; ``MPI_RANKS``: under mpirun). All checks of a file run in one job, in order; each rank notes how each of
-them ended, so one launch serves many tests.
+default, a tuple ``RANKS`` (``FULL_RANKS``: in ``make test-full`` only; ``MPI_RANKS``: under mpirun). All
+checks of a file run in one job, in order; each rank notes how each of them ended, so one launch serves
+many tests.
 """
 
 from __future__ import annotations
