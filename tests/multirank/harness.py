@@ -25,7 +25,7 @@ from typing import Any, Callable, Optional
 HERE = Path(__file__).parent
 JOBS = HERE / "jobs"
 DEFAULT_RANKS = (2, 3, 4)
-TIMEOUT = 300.0
+TIMEOUT = 600.0
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from common import close, flat, joined, loss_of, network, same_everywhere, saved
 
 from hvd_compress import DEF, Identity, RandomBlock
 
-RANKS = (1, 2, 3, 4, 8)
+RANKS = (1, 2, 4)
+FULL_RANKS = (3, 8)
 MPI_RANKS = (2,)
 STEPS = 200
 BLOCK = RandomBlock(density=1 / 4, seed=3)
@@ -92,7 +93,7 @@ def check_mass_identity() -> None:
         close(after, before[0] - schedule(t) * direction, 3e-7, f"y at step {t}")
         before[0] = after
 
-    train(model, optimizer, STEPS, schedule, after_step=identity)
+    train(model, optimizer, STEPS if hvd.size() < 4 else 40, schedule, after_step=identity)
 
 
 def check_coefficient_one_is_local_sgd_with_block_averaging() -> None:
@@ -108,7 +109,7 @@ def check_coefficient_one_is_local_sgd_with_block_averaging() -> None:
 def check_density_one_is_data_parallel() -> None:
     run = reference.data_parallel(hvd.size(), STEPS, schedule, LOCALS["nesterov"])
     for compressor in (RandomBlock(density=1.0), Identity()):
-        for coefficient in (0.0, 0.3, 1.0, "auto"):
+        for coefficient in (0.0, 0.3, 1.0, "auto") if hvd.size() < 4 else (0.3,):
             model = network()
             optimizer = wrap(model, sgd(model, "nesterov"), DEF(compressor, coefficient))
             train(model, optimizer, STEPS, schedule)

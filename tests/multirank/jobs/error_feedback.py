@@ -10,8 +10,8 @@ from common import close, flat, joined, loss_of, network, same_everywhere, saved
 
 from hvd_compress import EF, Cast, Dense, Identity, RandomBlock
 
-RANKS = (1, 2, 4)
-FULL_RANKS = (3,)
+RANKS = (2,)
+FULL_RANKS = (1, 3, 4)
 STEPS = 100
 BLOCK = RandomBlock(density=1 / 4, seed=5)
 

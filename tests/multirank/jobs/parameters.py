@@ -12,8 +12,8 @@ from torch import nn
 
 from hvd_compress import DEF, EF, Dense, Identity, RandomBlock
 
-RANKS = (2, 3)
-FULL_RANKS = (4,)
+RANKS = (2,)
+FULL_RANKS = (3, 4)
 EXACT = (Dense(), EF(Identity()), DEF(Identity()))
 LOSSY = (EF(RandomBlock(density=0.25)), DEF(RandomBlock(density=0.25)))
 

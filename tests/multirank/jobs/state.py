@@ -16,8 +16,8 @@ from horovod.torch.elastic import TorchState
 
 from hvd_compress import DEF, EF, Dense, Identity, RandomBlock
 
-RANKS = (1, 2, 3)
-FULL_RANKS = (4,)
+RANKS = (2,)
+FULL_RANKS = (1, 3, 4)
 BLOCK = RandomBlock(density=0.25)
 LOSSY = (EF(BLOCK), DEF(BLOCK), DEF(BLOCK, 0.0), DEF(BLOCK, "auto"))
 
