@@ -1,7 +1,7 @@
 """Real Horovod jobs from pytest: launch N ranks, run every check of a job file, report per check and rank.
 
 A job file in ``jobs/`` has functions named ``check_*`` and, if it wants other numbers of ranks than the
-default, a tuple ``RANKS`` (``FULL_RANKS``: in ``make test-full`` only; ``MPI_RANKS``: under mpirun). All
+default, a tuple ``RANKS`` (``FULL_RANKS``: in ``make test-full`` only; ``MPI_RANKS``: there, by mpirun). All
 checks of a file run in one job, in order; each rank notes how each of them ended, so one launch serves
 many tests.
 """
@@ -104,7 +104,7 @@ def collect() -> list[tuple[Path, int, str, str, bool]]:
         checks = [n.name for n in tree.body if isinstance(n, ast.FunctionDef) and n.name.startswith("check_")]
         jobs = [(n, "gloo", False) for n in constants.get("RANKS", DEFAULT_RANKS)]
         jobs += [(n, "gloo", True) for n in constants.get("FULL_RANKS", ())]
-        jobs += [(n, "mpi", False) for n in constants.get("MPI_RANKS", ())]
+        jobs += [(n, "mpi", True) for n in constants.get("MPI_RANKS", ())]
         found += [(path, ranks, launcher, check, full) for ranks, launcher, full in jobs for check in checks]
     return found
 

@@ -55,8 +55,12 @@ def check_mass_identity() -> None:
             # The residual is owed in update units: a change of the rate alone does not move y.
             before = flat(model) if t == 0 else after  # noqa: F821
         optimizer.zero_grad()
+        # As in Horovod, p.grad belongs to the exchange from backward() on: take the gradient from a twin.
+        twin = network(torch.float64)
+        twin.load_state_dict(model.state_dict())
+        loss_of(twin, hvd.rank(), t).backward()
+        gradient = torch.cat([p.grad.reshape(-1) for p in twin.parameters()])
         loss_of(model, hvd.rank(), t).backward()
-        gradient = torch.cat([p.grad.reshape(-1) for p in model.parameters()])
         mean = hvd.allreduce(gradient, name="test.mean")
         optimizer.step()
         with optimizer.consensus("virtual"):
