@@ -17,10 +17,10 @@ setup: ## torch, MPI, Horovod, mpi4py and this package in .venv
 train: setup ## train dense and DEF on two Horovod ranks, compare accuracy, traffic and time
 	@env PATH="$(VENV)/bin:$$PATH" $(PY) examples/compare.py --ranks $(NP)
 
-test: setup lint ## everything quick: lint, unit tests, real jobs of 1, 2, 3, 4 and 8 ranks
+test: setup lint ## everything quick: lint, unit tests, real jobs of 1 to 4 ranks
 	@$(PYTEST) -q -m "not full" tests
 
-test-full: setup lint ## also the slow ones
+test-full: setup lint ## also the slow ones: more rank counts, 8 ranks, mpirun
 	@$(PYTEST) -q tests
 
 test-slurm: setup ## a real SLURM on this machine: install, start, submit, check, stop (root)
