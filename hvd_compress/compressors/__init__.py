@@ -1,7 +1,19 @@
 """What travels: one idea per file; a new compressor is one file and one line here."""
 
-from hvd_compress.compressors.base import Codec, Compressor, Layout, Payload
+from hvd_compress.compressors.base import (
+    Codec,
+    Combine,
+    Compressor,
+    JointCodec,
+    Layout,
+    Payload,
+    ShardedCodec,
+    SummableCodec,
+)
 from hvd_compress.compressors.random_block import RandomBlock
 from hvd_compress.compressors.whole import Cast, Identity
 
-__all__ = ["Cast", "Codec", "Compressor", "Identity", "Layout", "Payload", "RandomBlock"]
+__all__ = [
+    "Cast", "Codec", "Combine", "Compressor", "Identity", "JointCodec", "Layout", "Payload", "RandomBlock",
+    "ShardedCodec", "SummableCodec",
+]

@@ -8,8 +8,9 @@ training step costs a few tensor operations and one collective however many para
 from __future__ import annotations
 
 import abc
+import enum
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple, Sequence
+from typing import Any, ClassVar, NamedTuple, Sequence, Union
 
 import torch
 from torch import Tensor
@@ -30,6 +31,18 @@ class Layout(NamedTuple):
     def total(self) -> int:
         """Length of the flat vector."""
         return sum(self.numels)
+
+    def cut(self, start: int, stop: int) -> Layout:
+        """The part of the flat vector from ``start`` to ``stop``: tensors cut by the borders become shorter
+        ones with names of their own, so that what is drawn for the parts is independent."""
+        names, numels, begin = [], [], 0
+        for name, numel in zip(self.names, self.numels):
+            low, high = max(start, begin), min(stop, begin + numel)
+            if low < high:
+                names.append(name if high - low == numel else f"{name}@{low - begin}")
+                numels.append(high - low)
+            begin += numel
+        return Layout(tuple(names), tuple(numels))
 
 
 @dataclass(frozen=True)
@@ -59,14 +72,11 @@ class Codec(abc.ABC):
 
     Attributes:
         numel: elements of the payload ("wire").
-        dtype: dtype of the payload.
-        restricts: True if the payload is a choice of coordinates that does not depend on the data, so
-            that it can be taken from each term of a sum alone, before the sum itself is formed.
+        dtype: dtype of the payload; torch.uint8 (a multiple of 8 bytes) where payloads are gathered.
     """
 
     numel: int
     dtype: torch.dtype
-    restricts: ClassVar[bool] = False
 
     def begin(self, step: int) -> None:  # noqa: B027
         """Draw what step ``step`` needs; host work only."""
@@ -79,28 +89,116 @@ class Codec(abc.ABC):
     def accumulate(self, wire: Tensor, flat: Tensor, alpha: float) -> None:
         """``flat += alpha * decode(wire)``."""
 
+
+class SummableCodec(Codec):
+    """Payloads may be added, and stand for coordinates that all ranks know without being told.
+
+    Attributes:
+        restricts: True if the payload is a choice of coordinates that does not depend on the data, so
+            that it can be taken from each term of a sum alone, before the sum itself is formed.
+    """
+
+    restricts: ClassVar[bool] = False
+
     @abc.abstractmethod
     def write(self, wire: Tensor, flat: Tensor) -> None:
         """Set the coordinates that ``wire`` stands for in ``flat``, and leave the others as they are."""
-
 
     @abc.abstractmethod
     def scatter(self, wire: Tensor, tensors: Sequence[Tensor]) -> None:
         """``write`` into one-dimensional tensors of their own, one per tensor of the layout."""
 
 
+class JointCodec(abc.ABC):
+    """A payload agreed on in rounds, each made from the mean over ranks of the one before.
+
+    What is decoded in the end is common to all ranks; each rank's residual is taken against it.
+
+    Attributes:
+        numels: elements of the payload of each round.
+        dtype: dtype of the payloads.
+    """
+
+    numels: tuple[int, ...]
+    dtype: torch.dtype
+
+    def begin(self, step: int) -> None:  # noqa: B027
+        """Draw what step ``step`` needs; host work only."""
+
+    @abc.abstractmethod
+    def encode(self, index: int, flat: Tensor, wire: Tensor) -> None:
+        """Write the payload of round ``index`` into ``wire`` (``numels[index]`` elements)."""
+
+    @abc.abstractmethod
+    def receive(self, index: int, wire: Tensor) -> None:
+        """Take the mean over ranks of the payloads of round ``index``."""
+
+    @abc.abstractmethod
+    def accumulate(self, flat: Tensor, alpha: float) -> None:
+        """``flat += alpha * decode(all rounds)``."""
+
+    def memory(self) -> dict[str, list[Tensor]]:
+        """What makes the next step better and is the same on every rank, by kind: one tensor per parameter."""
+        return {}
+
+
+AnyCodec = Union[Codec, JointCodec]
+
+
+class ShardedCodec:
+    """The payload of a bucket as one message per shard, so that each shard has an owner that decodes it.
+
+    By default each shard is compressed by itself. Compressors whose statistics span a tensor (the scale of
+    its signs, say) override ``encode`` to take them before the tensor is cut.
+
+    Attributes:
+        codecs: for each shard the codec that decodes its message.
+        borders: where the shards begin and end in the flat vector, ``len(codecs) + 1`` ascending numbers.
+    """
+
+    def __init__(self, codecs: Sequence[Codec], borders: Sequence[int]) -> None:
+        self.codecs, self.borders = list(codecs), list(borders)
+
+    def begin(self, step: int) -> None:
+        """Draw what step ``step`` needs; host work only."""
+        for codec in self.codecs:
+            codec.begin(step)
+
+    def shard(self, flat: Tensor, index: int) -> Tensor:
+        """View of shard ``index`` of a flat vector."""
+        return flat[self.borders[index] : self.borders[index + 1]]
+
+    def encode(self, flat: Tensor, wires: Sequence[Tensor]) -> None:
+        """Write the message of each shard of ``flat`` into ``wires[j]`` (``codecs[j].numel`` elements)."""
+        for index, (codec, wire) in enumerate(zip(self.codecs, wires)):
+            codec.encode(self.shard(flat, index), wire)
+
+
+class Combine(enum.Enum):
+    """How the payloads of several ranks become one aggregate."""
+
+    SUM = "sum"  # they may be added: ring-allreduce; codec() gives a SummableCodec
+    GATHER = "gather"  # each is decoded on its own: allgather; codec() gives a Codec of bytes
+    JOINT = "joint"  # made together in rounds; codec() gives a JointCodec
+    SKETCH = "sketch"  # they may be added, but decoding keeps too little for error feedback to converge
+
+
 class Compressor(abc.ABC):
     """Base of all compressors: frozen dataclasses, validated when built.
 
     Attributes:
-        summable: True if payloads of several ranks may be added (ring-allreduce); False if each must be
-            decoded on its own (allgather).
+        combine: how payloads of several ranks become one aggregate.
         lossless: True if ``decode(encode(v))`` equals ``v`` up to the dtype of the payload, so that it may
             be used without error feedback.
     """
 
-    summable: ClassVar[bool] = True
+    combine: ClassVar[Combine] = Combine.SUM
     lossless: ClassVar[bool] = False
+
+    @property
+    def summable(self) -> bool:
+        """Whether payloads of several ranks may be added."""
+        return self.combine in (Combine.SUM, Combine.SKETCH)
 
     @property
     def fraction(self) -> float:
@@ -116,8 +214,17 @@ class Compressor(abc.ABC):
         """The tensor that ``payload`` stands for, in its original shape and dtype."""
 
     @abc.abstractmethod
-    def codec(self, layout: Layout, dtype: torch.dtype, device: torch.device) -> Codec:
+    def codec(self, layout: Layout, dtype: torch.dtype, device: torch.device) -> AnyCodec:
         """Bind to a bucket whose flat vector has ``dtype`` (float32 or float64) and lives on ``device``."""
+
+    def sharded(
+        self, layout: Layout, borders: Sequence[int], dtype: torch.dtype, device: torch.device
+    ) -> ShardedCodec:
+        """As ``codec``, with a message of its own for each shard between ``borders`` (multiples of 8, or the end)."""
+        codecs = [self.codec(layout.cut(a, b), dtype, device) for a, b in zip(borders, borders[1:])]
+        if not all(isinstance(codec, Codec) for codec in codecs):
+            raise ValueError(f"{self!r} cannot be cut into shards: its payload is made by all ranks together")
+        return ShardedCodec([codec for codec in codecs if isinstance(codec, Codec)], borders)
 
 
 def pieces(flat: Tensor, numels: Sequence[int]) -> tuple[Tensor, ...]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hvd_compress import validation
-from hvd_compress.compressors.base import Codec, Compressor, Layout, Payload
+from hvd_compress.compressors.base import Compressor, Layout, Payload, SummableCodec
 
 _U64 = npt.NDArray[np.uint64]
 
@@ -95,11 +95,11 @@ class RandomBlock(Compressor):
         out[:length - head] = payload.values[head:]
         return out.view(payload.shape)
 
-    def codec(self, layout: Layout, dtype: torch.dtype, device: torch.device) -> Codec:
+    def codec(self, layout: Layout, dtype: torch.dtype, device: torch.device) -> SummableCodec:
         return _RandomBlockCodec(self, layout, dtype)
 
 
-class _RandomBlockCodec(Codec):
+class _RandomBlockCodec(SummableCodec):
     """All blocks of a bucket at once.
 
     Each tensor is cut in four runs: the block's wrapped end, a gap, the block, the rest (see ``begin``), so

@@ -8,7 +8,7 @@ from typing import ClassVar, Sequence
 import torch
 from torch import Tensor
 
-from hvd_compress.compressors.base import Codec, Compressor, Layout, Payload, pieces
+from hvd_compress.compressors.base import Compressor, Layout, Payload, SummableCodec, pieces
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Identity(Compressor):
         """The tensor itself."""
         return payload.values.to(payload.dtype).view(payload.shape)
 
-    def codec(self, layout: Layout, dtype: torch.dtype, device: torch.device) -> Codec:
+    def codec(self, layout: Layout, dtype: torch.dtype, device: torch.device) -> SummableCodec:
         return _WholeCodec(layout, dtype)
 
 
@@ -62,7 +62,7 @@ class Cast(Compressor):
         """The rounded tensor in its original dtype."""
         return payload.values.to(payload.dtype).view(payload.shape)
 
-    def codec(self, layout: Layout, dtype: torch.dtype, device: torch.device) -> Codec:
+    def codec(self, layout: Layout, dtype: torch.dtype, device: torch.device) -> SummableCodec:
         return _WholeCodec(layout, self.dtype)
 
 
@@ -73,7 +73,7 @@ def _saturating_copy(source: Tensor, target: Tensor) -> None:
         target.clamp_(-limit, limit)
 
 
-class _WholeCodec(Codec):
+class _WholeCodec(SummableCodec):
     """Every coordinate in its place; the payload differs from the flat vector by its dtype at most."""
 
     def __init__(self, layout: Layout, dtype: torch.dtype) -> None:
