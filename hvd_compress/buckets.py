@@ -96,6 +96,7 @@ def build(
     split_groups: bool,
     max_bytes: float,
     teams: Sequence[frozenset[int]] = (),
+    first: int = 0,
 ) -> list[Bucket]:
     """Cut ``entries`` into buckets, last parameters first (the order in which backward reaches them).
 
@@ -104,6 +105,7 @@ def build(
         prefix: start of every bucket's name.
         split_groups: give parameter groups buckets of their own (they have learning rates of their own).
         max_bytes: close a bucket when it holds this much; parameters of a team are not cut.
+        first: number of the first bucket.
         teams: disjoint sets of parameter ids to be kept together (Horovod's ``groups``).
     """
     team_of = {pid: k for k, team in enumerate(teams) for pid in team}
@@ -120,4 +122,4 @@ def build(
         open_buckets.setdefault(key, []).append(entry)
         filled[key] = filled.get(key, 0.0) + p.numel() * p.element_size()
     closed.extend(open_buckets.values())
-    return [Bucket(f"{prefix}{i}", members, i) for i, members in enumerate(closed)]
+    return [Bucket(f"{prefix}{i}", members, i) for i, members in enumerate(closed, first)]

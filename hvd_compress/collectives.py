@@ -18,6 +18,8 @@ ProcessSet = hvd.ProcessSet
 global_process_set = hvd.global_process_set
 horovod_optimizer = hvd.DistributedOptimizer
 
+HorovodInternalError = hvd.HorovodInternalError
+
 _links_opened: Counter[int] = Counter()
 
 
@@ -31,27 +33,42 @@ def is_elastic() -> bool:
     return os.environ.get("HOROVOD_ELASTIC") == "1"
 
 
+def uses_mpi() -> bool:
+    """Whether this job's Horovod talks MPI, so that other MPI libraries can be used beside it."""
+    return bool(hvd.mpi_enabled())
+
+
 class Pending:
-    """A collective under way; ``wait`` returns when its result is in the tensor it was called on."""
+    """A collective under way; ``wait`` returns its result, which in-place collectives have also put in place."""
 
-    def __init__(self, handle: Optional[int]) -> None:
-        self._handle = handle
+    def __init__(self, handle: Optional[int], result: Any = None) -> None:
+        self._handle, self._result = handle, result
 
-    def wait(self) -> None:
+    def wait(self) -> Any:
         """Block until done, leaving the processor to others meanwhile.
 
         Raises:
-            HorovodInternalError: if a peer has failed.
+            HorovodInternalError: if a peer has failed, or has called ``hvd.join()`` and this is no allreduce.
         """
         if self._handle is None:
-            return
+            return self._result
         handle, self._handle = self._handle, None
         # hvd.synchronize spins; ranks that share a core, and Horovod's own thread, would be slowed down.
         pause = 2e-5
         while not hvd.poll(handle):
             time.sleep(pause)
             pause = min(pause * 1.5, 2e-4)
-        hvd.synchronize(handle)
+        try:
+            self._result = hvd.synchronize(handle)
+        except HorovodInternalError as error:
+            if "join" not in str(error).lower():
+                raise
+            raise HorovodInternalError(
+                f"{error} (rank {hvd.rank()}). A rank has called hvd.join(), after which only an allreduce works: "
+                "give all ranks the same number of steps, or use an algorithm whose payloads are summed, such as "
+                "EF or DEF with RandomBlock. No residual was touched"
+            ) from error
+        return self._result
 
 
 class Link:
@@ -59,6 +76,7 @@ class Link:
 
     Attributes:
         process_set: Horovod's process set.
+        ordinal: how many links of this process set were opened before.
         sent: bytes this rank has put on the wire, by the volume formulas of ring algorithms.
     """
 
@@ -67,7 +85,8 @@ class Link:
         self.sent = 0.0
         # Every member builds its optimizers in the same order, so a count per process set names them alike.
         key = process_set.process_set_id or 0
-        self._prefix = f"hvd_compress.{_links_opened[key]}"
+        self.ordinal = _links_opened[key]
+        self._prefix = f"hvd_compress.{self.ordinal}"
         _links_opened[key] += 1
 
     @property
@@ -84,6 +103,11 @@ class Link:
     def rank(self) -> int:
         """This rank within the process set."""
         return int(self.process_set.rank())
+
+    @property
+    def global_ranks(self) -> list[int]:
+        """The members' ranks in the whole job, in order."""
+        return list(self.process_set.ranks or range(hvd.size()))
 
     def allreduce_async(
         self, tensor: Tensor, name: str, op: int = Average, prescale: float = 1.0, postscale: float = 1.0
@@ -110,13 +134,26 @@ class Link:
         self.allreduce_async(tensor, name, op).wait()
         return tensor
 
-    def allgather(self, tensor: Tensor, name: str) -> Tensor:
-        """Concatenate the ranks' tensors along the first dimension, in rank order."""
+    def allgather_async(self, tensor: Tensor, name: str) -> Pending:
+        """Concatenate the ranks' tensors (any dtype but bfloat16) along the first dimension, in rank order."""
         if self.size == 1:
-            return tensor
+            return Pending(None, tensor)
         self.sent += (self.size - 1) * tensor.numel() * tensor.element_size()
-        result: Tensor = hvd.allgather(tensor, name=f"{self._prefix}.{name}", process_set=self.process_set)
+        return Pending(hvd.allgather_async(tensor, name=f"{self._prefix}.{name}", process_set=self.process_set))
+
+    def allgather(self, tensor: Tensor, name: str) -> Tensor:
+        """Blocking ``allgather_async``."""
+        result: Tensor = self.allgather_async(tensor, name).wait()
         return result
+
+    def alltoall_async(self, tensor: Tensor, splits: Tensor, name: str) -> Pending:
+        """Send ``splits[j]`` (int32, on the host) elements to rank j; gives (received, in rank order; their splits)."""
+        if self.size == 1:
+            return Pending(None, (tensor, splits))
+        kept = int(splits[self.rank])
+        self.sent += (tensor.numel() - kept) * tensor.element_size()
+        handle = hvd.alltoall_async(tensor, splits, name=f"{self._prefix}.{name}", process_set=self.process_set)
+        return Pending(handle)
 
     def gather_objects(self, value: Any, name: str) -> list[Any]:
         """Every rank's ``value`` (picklable), in rank order, on every rank."""

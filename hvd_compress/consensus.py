@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any, Iterator, Optional, cast
+from typing import Any, Iterator, Optional
 
 import torch
 from torch import Tensor
 
-from hvd_compress.algorithms.base import GradientState, State, UpdateState
-from hvd_compress.collectives import Average
+from hvd_compress.algorithms.base import State, UpdateState
 from hvd_compress.compressors.base import pieces
 from hvd_compress.reducer import Reducer
 
@@ -55,7 +54,7 @@ class Consensus:
         saved = [[p.detach().clone() for p in state.bucket.parameters] for state, _ in moved]
         try:
             for state, target in moved:
-                _write(state, target)
+                state.put_parameters(target)
             self._inside = point
             yield
         finally:
@@ -65,28 +64,14 @@ class Consensus:
 
     def _target(self, state: State, point: str) -> Optional[Tensor]:
         """The flat vector to put into a bucket's parameters at ``point``; None if they are there already."""
-        if isinstance(state, UpdateState):
-            shared = state.shared.flat
-            return shared if point == "shared" else shared - self._mean_owed(state)
-        if point == "shared" or state.owed_update(0.0) is None:
-            return None
-        current = state.bucket.mirror(state.bucket.state_dtype)
-        torch._foreach_copy_(current.views, [p.data for p in state.bucket.parameters])
-        return current.flat.sub_(self._mean_owed(state))
-
-    def _mean_owed(self, state: State) -> Tensor:
-        """Mean over ranks of what is held back, in update units (one dense allreduce)."""
-        reducer = self._reducer
-        if isinstance(state, UpdateState):
-            owed = cast(Tensor, state.residual()).clone()
-        else:
-            lr = float(self._optimizer.param_groups[state.bucket.group].get("lr", 1.0))
-            owed = cast(Tensor, state.owed_update(lr))
-            if reducer.reduction.op != Average:
-                owed.mul_(reducer.link.size)
-        reducer.link.allreduce(owed, f"{state.bucket.name}.owed")
-        reducer.recorder.between_steps(reducer.link.sent)
-        return owed
+        link, recorder = self._reducer.link, self._reducer.recorder
+        target = state.shared_point(link)
+        lr = float(self._optimizer.param_groups[max(state.bucket.group, 0)].get("lr", 1.0))
+        if point == "virtual" and (owed := state.owed(lr)) is not None:
+            link.allreduce(owed, f"{state.bucket.name}.owed")
+            target = (state.parameters_now() if target is None else target) - owed
+        recorder.between_steps(link.sent)
+        return target
 
     def flush(self) -> None:
         """Apply the mean of all residuals to the model and empty them."""
@@ -96,13 +81,8 @@ class Consensus:
         self._enter_idle("flush()")
         reducer.settle()
         for state in reducer.states:
-            if isinstance(state, UpdateState):
-                state.shared.flat.sub_(self._mean_owed(state))
-                cast(Tensor, state.residual()).zero_()
-                state.place()
-            elif isinstance(state, GradientState) and (target := self._target(state, "virtual")) is not None:
-                _write(state, target)
-                state.forgive()
+            if (target := self._target(state, "virtual")) is not None:
+                state.restart(target)
         reducer.stand()
 
     def mean_loss(self, loss: Any) -> Any:
@@ -117,8 +97,9 @@ class Consensus:
     def check_replicas(self) -> None:
         """Raise RuntimeError on every rank unless the shared model has the same bits everywhere (collective)."""
         link = self._reducer.link
-        rows = [_checksum(v) for state in self._reducer.states for v in _shared_values(state)]
-        names = [name for state in self._reducer.states for name in state.bucket.layout.names]
+        states = [state for state in self._reducer.states if state.replicated]
+        rows = [_checksum(v) for state in states for v in _shared_values(state)]
+        names = [name for state in states for name in state.bucket.layout.names]
         if not rows:
             return
         mine = torch.stack(rows).cpu()
@@ -147,10 +128,3 @@ def _checksum(values: Tensor) -> Tensor:
     bits = flat.view(width).to(torch.int64)
     weights = torch.arange(1, bits.numel() + 1, device=bits.device) * 2654435761 | 1
     return (bits * weights).sum()
-
-
-def _write(state: State, target: Tensor) -> None:
-    """Put a flat vector into a bucket's parameters."""
-    mirror = state.bucket.mirror(target.dtype)
-    mirror.flat.copy_(target)
-    torch._foreach_copy_([p.data for p in state.bucket.parameters], mirror.views)

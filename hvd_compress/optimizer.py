@@ -127,6 +127,8 @@ class _DistributedOptimizer(torch.optim.Optimizer):
         self._synchronized, self._should_synchronize, self._skip_agreed = False, True, False
         if link.member and not collectives.is_elastic():
             arguments.agree(link, _description(self, algorithm, reduction, passes))
+        if link.member:
+            algorithm.check(link)
         self._reducer = Reducer(self, names, algorithm, link, reduction, passes, groups, sparse_as_dense)
         self._consensus = Consensus(self, self._reducer)
         self._keeper = residuals.Keeper(self, self._reducer)

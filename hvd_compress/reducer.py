@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from typing import Any, Callable, Iterator, Optional, Sequence, cast
 
@@ -10,11 +11,12 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from hvd_compress import amp, sparse
-from hvd_compress.algorithms.base import Algorithm, Context, GradientState, Rate, State, UpdateState
-from hvd_compress.arguments import Groups, teams_of
-from hvd_compress.buckets import Entry, build
+from hvd_compress.algorithms.base import Algorithm, GradientState, Rate, State, UpdateState
+from hvd_compress.arguments import Groups
+from hvd_compress.buckets import Entry
 from hvd_compress.collectives import Link, Sum, is_elastic
-from hvd_compress.exchange import Reduction
+from hvd_compress.exchange import Context, Reduction
+from hvd_compress.partition import Partition
 from hvd_compress.rewrites import RewriteWatch
 from hvd_compress.telemetry import Recorder
 
@@ -43,13 +45,13 @@ class Reducer:
     ) -> None:
         self._optimizer = weakref.ref(optimizer)
         self.names, self.algorithm, self.link, self.reduction = names, algorithm, link, reduction
-        self._groups, self._sparse_as_dense = groups, sparse_as_dense
         self.recorder = Recorder()
+        context = Context(link, reduction, self.recorder, self._state_of)
+        self._partition = Partition(algorithm, context, groups, sparse_as_dense)
         self.step = 0
         self.local_steps_done = 0
         self.passes = passes
         self.tracked: list[Parameter] = []
-        self.states: list[State] = []
         self.on_build: Callable[[Sequence[State]], None] = lambda states: None
         self.on_settle: Callable[[], None] = lambda: None
         self.scaler: Optional[Any] = None  # the last GradScaler seen
@@ -58,15 +60,17 @@ class Reducer:
         self._stepping = False  # a closure's backward passes run inside the step
         self._built = False
         self._delay: dict[Parameter, int] = {}
-        self._home: dict[Parameter, int] = {}  # index of its bucket
-        self._place: dict[Parameter, int] = {}  # index within the bucket
-        self._sparse: list[Parameter] = []
         self._watch = RewriteWatch(link)
         self._ready: list[int] = []
         self._started: list[int] = []
         # One rank needs no hooks to exchange, only to see loss scaling; passes are not counted then.
         self._counts_passes = link.member and (link.size > 1 or is_elastic())
         self.track()
+
+    @property
+    def states(self) -> list[State]:
+        """One per bucket."""
+        return self._partition.states
 
     # -- parameters ------------------------------------------------------------------------------------
 
@@ -116,7 +120,7 @@ class Reducer:
                 f"{self.link.rank}, backward_passes_per_step={self.passes})"
             )
         self._delay[p] -= 1
-        home = self._home.get(p)
+        home = self._partition.home.get(p)
         # Under loss scaling nothing may leave before all ranks know that none of them has overflowed.
         if self._delay[p] or home is None or not self._built or self.scaled:
             return
@@ -127,7 +131,7 @@ class Reducer:
         gradient = cast(Tensor, p.grad)
         # With several passes a refused extra one must still find the sum in p.grad.
         if self.passes == 1 and not gradient.is_sparse:
-            target = state.absorb(self._place[p], gradient, self._rate(state))
+            target = state.absorb(self._partition.place[p], gradient, self._rate(state))
             if target is not None and target is not gradient:
                 p.grad = target
         if self._ready[home] == len(state.bucket.parameters):
@@ -152,33 +156,19 @@ class Reducer:
         self.track()
         if self._built or not self.link.member:
             return
-        homeless = [p for p in self.tracked if p not in self._home and all(p is not q for q in self._sparse)]
-        exchanges_updates = self.algorithm.exchanges_updates
-        if not exchanges_updates and not self._sparse_as_dense and not is_elastic():
-            found = {id(p) for p in sparse.agree_sparse(self.link, homeless)}
-            self._sparse += [p for p in homeless if id(p) in found]
-            homeless = [p for p in homeless if id(p) not in found]
-        group_of = {p: index for index, p in self._optimizer_parameters()}
-        wanted = {id(p) for p in homeless}
-        order = [p for p in group_of if id(p) in wanted]
-        buckets = build(
-            [Entry(p, self.names[p], group_of[p]) for p in order],
-            prefix=f"bucket{len(self.states)}.",
-            split_groups=not exchanges_updates or not getattr(self.algorithm, "rescale_residual", True),
-            max_bytes=self.algorithm.bucket_bytes,
-            teams=[] if exchanges_updates else teams_of(self._groups, order),
+        new = self._partition.extend(
+            Entry(p, self.names[p], index) for index, p in self._optimizer_parameters() if p in self._delay
         )
-        context = Context(self.link, self.reduction, self.recorder)
-        new: list[State] = []
-        for bucket in buckets:
-            self._home.update((p, len(self.states) + len(new)) for p in bucket.parameters)
-            self._place.update((p, i) for i, p in enumerate(bucket.parameters))
-            new.append(self.algorithm.attach(bucket, context))
-        self.states += new
         self._ready = [0] * len(self.states)
         self._built = True
         if new:
             self.on_build(new)
+
+    def _state_of(self, parameter: Parameter) -> dict[str, Any]:
+        optimizer = self._optimizer()
+        assert optimizer is not None
+        state: dict[str, Any] = optimizer.state.get(parameter, {})
+        return state
 
     def settle(self) -> None:
         """Make buckets, and what they hold, agree with what was loaded or broadcast since the last step."""
@@ -248,11 +238,13 @@ class Reducer:
             for index in range(len(self.states)):
                 if index not in self._started:
                     self._start(index)
-            names = [self.names[p] for p in self._sparse]
-            waits = sparse.launch(self.link, self._sparse, names, self.reduction.op)
+            names = [self.names[p] for p in self._partition.sparse]
+            waits = sparse.launch(self.link, self._partition.sparse, names, self.reduction.op)
+            for index in sorted(self._started):
+                self.states[index].advance()
             for index in self._started:
                 self._deliver(cast(GradientState, self.states[index]))
-            for parameter, wait in zip(self._sparse, waits):
+            for parameter, wait in zip(self._partition.sparse, waits):
                 parameter.grad = wait()
         finally:
             # Also after a failed collective: an elastic job goes on from here.
@@ -288,6 +280,8 @@ class Reducer:
             if any(p.data_ptr() != v.data_ptr() for p, v in zip(state.bucket.parameters, storage.views)):
                 # Somebody gave a parameter new storage (p.data = ...): take its values back into ours.
                 state.bucket.adopt(storage)
+        if self.algorithm.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.tracked, self.algorithm.clip_norm / math.sqrt(self.link.size))
 
     def exchange_updates(self) -> None:
         """The wrapped optimizer has stepped: exchange what it subtracted, if it is time to."""
@@ -295,13 +289,15 @@ class Reducer:
         assert optimizer is not None
         self._reset()
         self.local_steps_done += 1
-        if self.local_steps_done < getattr(self.algorithm, "local_steps", 1):
+        if self.local_steps_done < self.algorithm.local_steps:
             return
         self.local_steps_done = 0
         states = [cast(UpdateState, state) for state in self.states]
         for state in states:
             lr = float(optimizer.param_groups[max(state.bucket.group, 0)].get("lr", 1.0))
             state.start(self.step, lr)
+        for state in states:
+            state.advance()
         for state in states:
             state.finish()
         self.step += 1

@@ -13,7 +13,7 @@ from typing import Any, Mapping, Optional, Sequence
 import torch
 from torch import Tensor
 
-from hvd_compress.algorithms.base import State, UpdateState
+from hvd_compress.algorithms.base import HELD_BACK, State, UpdateState
 from hvd_compress.reducer import Reducer
 
 KEY = "hvd_compress"
@@ -33,7 +33,7 @@ def collect(states: Sequence[State]) -> dict[str, Any]:
 
 
 def _scalar_key(state: State) -> str:
-    return f"{state.bucket.group}/{state.bucket.dtype}"
+    return f"{type(state).__name__}/{state.bucket.group}/{state.bucket.dtype}"
 
 
 def may_restore_residual(saved: Mapping[str, Any], owner: str, rank: int, size: int) -> bool:
@@ -49,15 +49,18 @@ def may_restore_residual(saved: Mapping[str, Any], owner: str, rank: int, size: 
     return False
 
 
-def restore(states: Sequence[State], saved: Mapping[str, Any]) -> list[State]:
+def restore(states: Sequence[State], saved: Mapping[str, Any], own: bool) -> list[State]:
     """Copy saved buffers and scalars back; returns the states whose shared model was found.
 
-    Buffers that are not in ``saved`` (a parameter added since) are left as they are.
+    Buffers that are not in ``saved`` (a parameter added since) are left as they are. With ``own`` False what
+    the saved state's rank held back is left out.
     """
     restored = []
     for state in states:
         names = state.bucket.layout.names
         for kind, mirror in state.buffers().items():
+            if kind in HELD_BACK and not own:
+                continue
             stored = saved["buffers"].get(kind, {})
             for name, view in zip(names, mirror.views):
                 source: Optional[Tensor] = stored.get(name)
@@ -81,7 +84,7 @@ def restore(states: Sequence[State], saved: Mapping[str, Any]) -> list[State]:
 def _empty(state: State) -> None:
     """Forget what is held back; a rank's own point is then the shared model."""
     for kind, mirror in state.buffers().items():
-        if kind != "shared":
+        if kind in HELD_BACK:
             mirror.flat.zero_()
     if isinstance(state, UpdateState):
         state.place()
@@ -174,7 +177,7 @@ class Keeper:
         link = self._reducer.link
         own = may_restore_residual(saved, self._owner, link.rank, link.size)
         before = {id(s): s.local.flat.clone() for s in states if isinstance(s, UpdateState)}
-        complete = restore(states, saved)
+        complete = restore(states, saved, own)
         for state in states:
             if isinstance(state, UpdateState):
                 state.resume(before[id(state)], known=any(state is s for s in complete))

@@ -33,3 +33,10 @@ def boolean(owner: str, argument: str, value: Any) -> None:
     """Raise ValueError unless ``value`` is True or False."""
     if not isinstance(value, bool):
         raise ValueError(f"{owner}: {argument}={value!r} is not allowed; it must be True or False")
+
+
+def positive_or_none(owner: str, argument: str, value: Any) -> None:
+    """Raise ValueError unless ``value`` is None or a finite number > 0."""
+    ok = value is None or (isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) < math.inf)
+    if not ok:
+        raise ValueError(f"{owner}: {argument}={value!r} is not allowed; it must be a number > 0, or None")

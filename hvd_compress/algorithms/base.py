@@ -14,19 +14,13 @@ from typing import Any, ClassVar, Mapping, NamedTuple, Optional, Sequence, Union
 import torch
 from torch import Tensor
 
-from hvd_compress.buckets import BUCKET_BYTES, Bucket, Mirror
+from hvd_compress.buckets import BUCKET_BYTES, Bucket, Entry, Mirror
 from hvd_compress.collectives import Link
-from hvd_compress.compressors import Compressor
-from hvd_compress.exchange import Reduction
-from hvd_compress.telemetry import Recorder
+from hvd_compress.compressors import Combine, Compressor, Warmup
+from hvd_compress.exchange import Context
 
-
-class Context(NamedTuple):
-    """What the optimizer lends to the state of a bucket."""
-
-    link: Link
-    reduction: Reduction
-    recorder: Recorder
+# Kinds of buffers that are this rank's own; others ("shared", "warm") are the same on every rank.
+HELD_BACK = frozenset({"residual", "server"})
 
 
 class Rate(NamedTuple):
@@ -45,13 +39,18 @@ class Rate(NamedTuple):
 
 
 class BucketState(abc.ABC):
-    """The living part of an algorithm for one bucket."""
+    """The living part of an algorithm for one bucket.
+
+    Attributes:
+        replicated: whether the shared model is at hand on every rank, with the same bits.
+    """
 
     bucket: Bucket
+    replicated: bool = True
 
     @abc.abstractmethod
     def buffers(self) -> dict[str, Mirror]:
-        """Vectors that must survive a checkpoint, by name; "residual" and "shared" have their meaning."""
+        """Vectors that must survive a checkpoint, by kind: "shared", those of HELD_BACK, or others."""
 
     def scalars(self) -> dict[str, Any]:
         """Numbers that must survive a checkpoint."""
@@ -63,6 +62,33 @@ class BucketState(abc.ABC):
     def residual(self) -> Optional[Tensor]:
         """What this rank holds back (flat), or None; in the algorithm's own units."""
         return None
+
+    def owed(self, lr: float) -> Optional[Tensor]:
+        """Flat vector whose mean over ranks is the update they still owe (new tensor), or None."""
+        return None
+
+    @abc.abstractmethod
+    def shared_point(self, link: Link) -> Optional[Tensor]:
+        """The model that ranks share, flat; None if it is what the parameters hold (collective)."""
+
+    @abc.abstractmethod
+    def restart(self, point: Tensor) -> None:
+        """The shared model is ``point`` (flat, the same on every rank), and nothing is held back any more."""
+
+    def advance(self) -> None:  # noqa: B027
+        """All buckets have started: answer what has arrived, where an exchange takes several rounds."""
+
+    def parameters_now(self) -> Tensor:
+        """The parameters as a new flat vector of ``state_dtype``."""
+        mirror = self.bucket.mirror(self.bucket.state_dtype)
+        torch._foreach_copy_(mirror.views, [p.data for p in self.bucket.parameters])
+        return mirror.flat
+
+    def put_parameters(self, flat: Tensor) -> None:
+        """Write a flat vector into the parameters."""
+        mirror = self.bucket.mirror(flat.dtype)
+        mirror.flat.copy_(flat)
+        torch._foreach_copy_([p.data for p in self.bucket.parameters], mirror.views)
 
 
 class GradientState(BucketState):
@@ -89,9 +115,12 @@ class GradientState(BucketState):
     def finish(self) -> list[Tensor]:
         """Wait; returns what ``p.grad`` shall be, for each parameter of the bucket."""
 
-    def owed_update(self, lr: float) -> Optional[Tensor]:
-        """What this rank holds back, as the update it will become (new tensor, flat), or None."""
+    def shared_point(self, link: Link) -> Optional[Tensor]:
         return None
+
+    def restart(self, point: Tensor) -> None:
+        self.put_parameters(point)
+        self.forgive()
 
     def forgive(self) -> None:
         """Forget what is held back (it has been applied by other means)."""
@@ -102,6 +131,16 @@ class UpdateState(BucketState):
 
     shared: Mirror
     local: Mirror
+
+    def shared_point(self, link: Link) -> Optional[Tensor]:
+        return self.shared.flat
+
+    def restart(self, point: Tensor) -> None:
+        self.shared.flat.copy_(point)
+        for kind, mirror in self.buffers().items():
+            if kind in HELD_BACK:
+                mirror.flat.zero_()
+        self.place()
 
     @abc.abstractmethod
     def anchor(self) -> None:
@@ -165,11 +204,25 @@ class Algorithm(abc.ABC):
     """
 
     exchanges_updates: ClassVar[bool] = False
+    local_steps: int = 1  # of the wrapped optimizer, per exchange
+    clip_norm: Optional[float] = None  # of the local gradients, before they become momentum
 
     @property
     def bucket_bytes(self) -> float:
         """Bytes of parameters after which a bucket is closed."""
         return math.inf if self.exchanges_updates else BUCKET_BYTES
+
+    @property
+    def splits_groups(self) -> bool:
+        """Whether parameter groups get buckets of their own, as their learning rates matter."""
+        return not self.exchanges_updates or not getattr(self, "rescale_residual", True)
+
+    def choose(self, entry: Entry) -> Algorithm:
+        """The algorithm for one parameter: this one, unless it leaves some to another."""
+        return self
+
+    def check(self, link: Link) -> None:  # noqa: B027
+        """Raise ValueError, alike on every rank, if this job cannot run the algorithm."""
 
     @abc.abstractmethod
     def attach(self, bucket: Bucket, context: Context) -> State:
@@ -186,11 +239,27 @@ def require_compressor(owner: str, value: object) -> Compressor:
     return value
 
 
-def require_summable(owner: str, value: object) -> Compressor:
-    """Raise ValueError unless ``value`` is a compressor whose payloads may be added."""
+REFUSALS = {
+    Combine.SKETCH: "decoding a sketch keeps too little for error feedback to converge; use GlobalSketch(sketch=...), "
+    "which fetches the exact values of the coordinates it finds",
+    Combine.JOINT: "its payload is made by all ranks together, so there is no server whose answer could be compressed "
+    "again; use EF(...) or DEF(...)",
+}
+
+
+def require_combining(owner: str, argument: str, value: object, allowed: Sequence[Combine]) -> Compressor:
+    """Raise ValueError, with the reason, unless ``value`` is a compressor whose payloads combine as ``allowed``."""
     compressor = require_compressor(owner, value)
-    if not compressor.summable:
-        raise ValueError(
-            f"{owner}: compressor={value!r} is not allowed; its payloads cannot be summed by an allreduce"
-        )
+    if compressor.combine not in allowed:
+        reason = REFUSALS.get(compressor.combine, "its payloads cannot be summed by an allreduce")
+        raise ValueError(f"{owner}: {argument}={value!r} is not allowed; {reason}")
     return compressor
+
+
+def require_constant(owner: str, argument: str, compressor: Compressor) -> None:
+    """Raise ValueError if the size of the compressor's payload changes with the step."""
+    if isinstance(compressor, Warmup):
+        raise ValueError(
+            f"{owner}: {argument}={compressor!r} is not allowed; shards are cut for one payload size. Warm up with "
+            "EF(...) or DEF(...), or choose a constant density"
+        )

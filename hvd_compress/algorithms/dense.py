@@ -9,11 +9,10 @@ from typing import Optional, Sequence
 import torch
 from torch import Tensor
 
-from hvd_compress.algorithms.base import Algorithm, Context, GradientState, Rate
+from hvd_compress.algorithms.base import Algorithm, GradientState, Rate
 from hvd_compress.buckets import Bucket, Mirror
-from hvd_compress.collectives import Average, Pending
 from hvd_compress.compressors import Cast, Compressor, Identity
-from hvd_compress.exchange import spread_of
+from hvd_compress.exchange import Context, Ring
 
 
 @dataclass(frozen=True)
@@ -52,14 +51,13 @@ class _DenseState(GradientState):
         if isinstance(config.wire, Cast) and config.wire.dtype.itemsize < wire_dtype.itemsize:
             wire_dtype = config.wire.dtype
         self._wire = self.out.flat if wire_dtype == bucket.dtype else torch.zeros_like(self.out.flat, dtype=wire_dtype)
-        self._spread = spread_of(bucket, wire_dtype)
-        self._pending = Pending(None)
+        self._ring = Ring(self._wire, "dense", bucket, context)
         self._absorbed: set[int] = set()
 
     def absorb(self, index: int, gradient: Tensor, rate: Rate) -> Optional[Tensor]:
         view = self.out.views[index]
-        if self._spread != 1.0:
-            torch.mul(gradient, 1.0 / self._spread, out=view)
+        if self._ring.spread != 1.0:
+            torch.mul(gradient, 1.0 / self._ring.spread, out=view)
         elif gradient.data_ptr() != view.data_ptr():
             view.copy_(gradient)
         self._absorbed.add(index)
@@ -88,19 +86,16 @@ class _DenseState(GradientState):
             torch._foreach_zero_(missing)
         if targets:
             torch._foreach_copy_(targets, sources)
-        if self._spread != 1.0 and unscaled:
-            torch._foreach_mul_(unscaled, 1.0 / self._spread)
+        if self._ring.spread != 1.0 and unscaled:
+            torch._foreach_mul_(unscaled, 1.0 / self._ring.spread)
         if self._wire is not self.out.flat:
             self._wire.copy_(self.out.flat)
-        link, (op, predivide), recorder = self._context
-        prescale, postscale = (1.0 / predivide, predivide) if op == Average else (1.0, 1.0)
-        name = f"{self.bucket.name}.dense"
-        self._pending = link.allreduce_async(self._wire, name, op, prescale, postscale * self._spread)
-        recorder.encode_seconds(time.perf_counter() - begin)
+        self._ring.launch(divided=True)
+        self._context.recorder.encode_seconds(time.perf_counter() - begin)
 
     def finish(self) -> list[Tensor]:
         begin = time.perf_counter()
-        self._pending.wait()
+        self._ring.wait()
         waited = time.perf_counter()
         if self._wire is not self.out.flat:
             self.out.flat.copy_(self._wire)

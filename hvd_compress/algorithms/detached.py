@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass
-from typing import Any, ClassVar, Mapping, Optional, Union
+from typing import Any, ClassVar, Mapping, Optional, Union, cast
 
 import torch
 from torch import Tensor
 
 from hvd_compress import validation
-from hvd_compress.algorithms.base import Algorithm, Context, UpdateState, require_summable
+from hvd_compress.algorithms.base import Algorithm, UpdateState, require_combining
 from hvd_compress.algorithms.folding import Coefficient, Folder, stand
+from hvd_compress.algorithms.momentum import FlatMomentum
+from hvd_compress.algorithms.updates import HeldUpdates
 from hvd_compress.buckets import Bucket, Mirror
-from hvd_compress.collectives import Average
-from hvd_compress.compressors import Compressor
-from hvd_compress.exchange import SummedExchange
+from hvd_compress.compressors import Combine, Compressor, Identity, Warmup
+from hvd_compress.exchange import Context, SummedExchange, exchange_for
 
 # "auto" starts from the paper's default and averages its measurements over about ten exchanges.
 FIRST_COEFFICIENT = 0.3
@@ -36,11 +36,16 @@ class DEF(Algorithm):
     ``optimizer.consensus()`` puts x (or the virtual iterate) into the parameters to evaluate or save.
 
     Args:
-        compressor: what is sent; its payloads must be summable.
+        compressor: what is sent; any but a sketch.
         coefficient: the paper's lambda in [0, 1]: 0 is EF-SGD on updates, 1 keeps each rank on its own
             model. "auto" measures the value that minimises the mismatch bound,
-            ||mean e||^2 / (||mean e||^2 + variance of e over ranks), on what is exchanged anyway.
+            ||mean e||^2 / (||mean e||^2 + variance of e over ranks), on what is exchanged anyway; this
+            needs a compressor whose payloads are summed, so that all ranks exchange the same coordinates.
         local_steps: steps of the wrapped optimizer per exchange.
+        masking: clear the local momentum (torch.optim.SGD's) where it was sent, as Deep Gradient Compression
+            does; for compressors that select coordinates.
+        clip_norm: clip the norm of the local gradient to this over the square root of the number of ranks
+            before it becomes momentum, as Deep Gradient Compression does; None: do not.
         rescale_residual: True keeps what is owed in update units; False lets a change of learning rate
             change it in proportion.
 
@@ -54,52 +59,62 @@ class DEF(Algorithm):
     coefficient: Union[float, str] = 0.3
     local_steps: int = 1
     rescale_residual: bool = True
+    masking: bool = False
+    clip_norm: Optional[float] = None
 
     def __post_init__(self) -> None:
-        require_summable("DEF", self.compressor)
+        require_combining("DEF", "compressor", self.compressor, (Combine.SUM, Combine.GATHER, Combine.JOINT))
         if isinstance(self.coefficient, str):
             if self.coefficient != "auto":
                 raise ValueError(
                     f"DEF: coefficient={self.coefficient!r} is not allowed; it must be a number in [0, 1] or 'auto'"
+                )
+            if self.compressor.combine is not Combine.SUM or isinstance(self.compressor, Warmup):
+                raise ValueError(
+                    f"DEF: coefficient='auto' is not allowed with compressor={self.compressor!r}: it is measured on "
+                    "coordinates that all ranks exchange at every step; use one such as RandomBlock, or give a number"
                 )
         else:
             validation.in_range("DEF", "coefficient", self.coefficient, 0.0, 1.0)
             object.__setattr__(self, "coefficient", float(self.coefficient))  # one repr: ranks compare it
         validation.integer("DEF", "local_steps", self.local_steps, 1)
         validation.boolean("DEF", "rescale_residual", self.rescale_residual)
+        validation.boolean("DEF", "masking", self.masking)
+        if self.masking and not self.compressor.selects:
+            raise ValueError(
+                f"DEF: masking=True is not allowed with compressor={self.compressor!r}, which sends something of "
+                "every coordinate; use one that selects coordinates, such as TopK or RandomBlock"
+            )
+        validation.positive_or_none("DEF", "clip_norm", self.clip_norm)
 
     def attach(self, bucket: Bucket, context: Context) -> UpdateState:
         return _DEFState(self, bucket, context)
 
 
-class _DEFState(UpdateState):
-    """x and e flat in float32 (or float64), the parameters themselves flat views holding z."""
+def dense_on_updates(local_steps: int = 1) -> DEF:
+    """Updates averaged uncompressed: what Dense is among algorithms that exchange updates."""
+    return DEF(Identity(), coefficient=0.0, local_steps=local_steps)
+
+
+class _DEFState(HeldUpdates):
+    """One-way exchange of updates; the parameters hold z = x - coefficient * e."""
 
     def __init__(self, config: DEF, bucket: Bucket, context: Context) -> None:
-        self.bucket, self._config, self._context = bucket, config, context
+        super().__init__(bucket, context, config.rescale_residual)
         self._auto = config.coefficient == "auto"
-        self._exchange = SummedExchange(
-            bucket, config.compressor, context.link, context.reduction, context.recorder, tail=int(self._auto)
+        self._exchange = exchange_for(bucket, config.compressor, context, tail=int(self._auto))
+        self._momentum = FlatMomentum(bucket, context) if config.masking else None
+        self._blocks: Optional[_Blocks] = None
+        if isinstance(self._exchange, SummedExchange) and self._exchange.codec.restricts:
+            self._blocks = _Blocks(self, self._exchange)
+        self._coefficient: Coefficient = (
+            FIRST_COEFFICIENT if isinstance(config.coefficient, str) else float(config.coefficient)
         )
-        self.shared = bucket.mirror(bucket.state_dtype)
-        self._residual = bucket.mirror(bucket.state_dtype)
-        self.local = bucket.mirror(bucket.dtype)
-        bucket.adopt(self.local)
-        self._folder = Folder(self.shared.flat, self._residual.flat, self.local.flat)
-        codec = self._exchange.codec
-        if codec.restricts:
-            # x, e and z at the coordinates of this step, gathered.
-            self._x, self._e = torch.zeros_like(self._exchange.sent), torch.zeros_like(self._exchange.sent)
-            self._z = torch.zeros_like(self._exchange.sent, dtype=bucket.dtype)
-        self._coefficient: Coefficient = FIRST_COEFFICIENT if self._auto else float(config.coefficient)
-        self._placed: Coefficient = 0.0  # the coefficient the parameters stand at now
         self._mean_square: Coefficient = 0.0
         self._square_mean: Coefficient = 0.0
-        self._lr = math.nan
-        self.anchor()
 
     def buffers(self) -> dict[str, Mirror]:
-        return {"shared": self.shared, "residual": self._residual}
+        return {**super().buffers(), **self._exchange.memory()}
 
     @property
     def coefficient(self) -> float:
@@ -108,87 +123,57 @@ class _DEFState(UpdateState):
 
     def scalars(self) -> dict[str, Any]:
         return {
-            "coefficient": self.coefficient, "placed": float(self._placed), "lr": self._lr,
+            **super().scalars(), "coefficient": self.coefficient,
             "mean_square": float(self._mean_square), "square_mean": float(self._square_mean),
         }
 
     def load_scalars(self, saved: Mapping[str, Any]) -> None:
-        self._lr, self._placed = float(saved["lr"]), float(saved.get("placed", float(self._placed)))
+        super().load_scalars(saved)
         if self._auto:
             self._coefficient = float(saved["coefficient"])
             self._mean_square, self._square_mean = float(saved["mean_square"]), float(saved["square_mean"])
 
-    def residual(self) -> Optional[Tensor]:
-        return self._residual.flat
-
-    def anchor(self) -> None:
-        self.shared.flat.copy_(self.local.flat)
-        self._placed = 0.0
-
-    def place(self) -> None:
-        stand(self.shared.flat, self._residual.flat, self._placed, self.local.flat)
-
-    def _gain_and_decay(self, lr: float) -> tuple[float, float]:
-        """What an update and the old residual are multiplied with when they meet."""
-        # op=Sum means the gradient is the ranks' sum: P times what each of them applied locally.
-        gain = 1.0 if self._context.reduction.op == Average else float(self._context.link.size)
-        decay = 1.0
-        if not self._config.rescale_residual and self._lr > 0 and lr > 0:
-            decay = lr / self._lr
-        self._lr = lr
-        return gain, decay
-
     def start(self, step: int, lr: float) -> None:
         begin = time.perf_counter()
-        gain, decay = self._gain_and_decay(lr)
-        exchange, codec = self._exchange, self._exchange.codec
-        placed, self._placed = self._placed, self._coefficient
-        codec.begin(step)
-        if codec.restricts:
+        gain, decay = self.gain_and_decay(lr)
+        exchange, blocks = self._exchange, self._blocks
+        move = (self.placed, self._coefficient, gain, decay)
+        self.placed = self._coefficient
+        exchange.begin(step)
+        if blocks is not None:
             # The coordinates are known beforehand: send them first, work on the rest while they travel.
-            codec.encode(self.shared.flat, self._x)
-            codec.encode(self._residual.flat, self._e)
-            codec.encode(self.local.flat, self._z)
-            Folder(self._x, self._e, self._z).fold(placed, self._placed, gain, decay)
-            exchange.sent.copy_(self._e)
+            blocks.fold(*move)
         else:
-            self._folder.fold(placed, self._placed, gain, decay)
-            codec.encode(self._residual.flat, exchange.sent)
-        if self._auto:
+            self.folder.fold(*move)
+            exchange.encode(self.held.flat)
+        if self._auto and isinstance(exchange, SummedExchange):
             exchange.tail.copy_(exchange.sent.to(exchange.tail.dtype).square().sum())
         exchange.launch()
-        if codec.restricts:
-            self._folder.fold(placed, self._placed, gain, decay)
-        self._context.recorder.encode_seconds(time.perf_counter() - begin)
+        if blocks is not None:
+            self.folder.fold(*move)
+        self.context.recorder.encode_seconds(time.perf_counter() - begin)
 
     def finish(self) -> None:
         self._exchange.wait()
         begin = time.perf_counter()
-        exchange, codec = self._exchange, self._exchange.codec
-        size = self._context.link.size
         if self._auto:
-            self._measure(size)
-        # x = x - mean_k C(p_k): with op=Sum the residuals carry the factor P, so it is the mean as well.
-        share = 1.0 if self._context.reduction.op == Average else 1.0 / size
-        if codec.restricts:
-            self._x.add_(exchange.received, alpha=-share)
-            self._e.sub_(exchange.sent)
-            stand(self._x, self._e, self._placed, self._z)
-            codec.write(self._x, self.shared.flat)
-            codec.write(self._e, self._residual.flat)
-            codec.write(self._z, self.local.flat)
+            self._measure()
+        if self._blocks is not None:
+            self._blocks.deliver(self.placed)
         else:
-            exchange.deliver(self.shared.flat, -share)
-            exchange.keep_back(self._residual.flat)
-            stand(self.shared.flat, self._residual.flat, self._placed, self.local.flat)
-        self._context.recorder.decode_seconds(time.perf_counter() - begin)
+            self._exchange.deliver(self.shared.flat, -self.share)
+            self._exchange.keep_back(self.held.flat)
+            self.place()
+        if self._momentum is not None and (momentum := self._momentum.flat()) is not None:
+            self._exchange.clear(momentum)
+        self.context.recorder.decode_seconds(time.perf_counter() - begin)
 
-    def _measure(self, size: int) -> None:
+    def _measure(self) -> None:
         """Best lambda = ||mean e||^2 / mean_k ||e_k||^2, as the mean square is that norm plus the variance."""
-        square_mean: Coefficient = self._exchange.received.to(self.bucket.state_dtype).square().sum()
-        if self._context.reduction.op != Average:
-            square_mean = square_mean / (size * size)
-        mean_square: Coefficient = self._exchange.tail_mean(size).sum()
+        exchange = cast(SummedExchange, self._exchange)
+        mean = exchange.received.to(self.bucket.state_dtype) * self.share
+        square_mean: Coefficient = mean.square().sum()
+        mean_square: Coefficient = exchange.tail_mean(self.context.link.size).sum()
         if self.bucket.device.type == "cpu":
             square_mean, mean_square = float(square_mean), float(mean_square)
         self._square_mean = MEMORY * self._square_mean + (1 - MEMORY) * square_mean
@@ -198,3 +183,28 @@ class _DEFState(UpdateState):
             self._coefficient = (self._square_mean / self._mean_square.clamp(min=tiny)).clamp(max=1.0)
         elif self._mean_square > 0:
             self._coefficient = min(1.0, float(self._square_mean) / self._mean_square)
+
+
+class _Blocks:
+    """x, e and z at the coordinates of this step, gathered: they can be sent before the rest is worked on."""
+
+    def __init__(self, state: HeldUpdates, exchange: SummedExchange) -> None:
+        self._exchange, self._state = exchange, state
+        self._whole = (state.shared.flat, state.held.flat, state.local.flat)
+        self._x, self._e, self._z = (torch.zeros_like(exchange.sent, dtype=v.dtype) for v in self._whole)
+        self._folder = Folder(self._x, self._e, self._z)
+
+    def fold(self, placed: Coefficient, coefficient: Coefficient, gain: float, decay: float) -> None:
+        """The step's fold at these coordinates only; what it gives of e is the payload."""
+        for whole, block in zip(self._whole, (self._x, self._e, self._z)):
+            self._exchange.codec.encode(whole, block)
+        self._folder.fold(placed, coefficient, gain, decay)
+        self._exchange.sent.copy_(self._e)
+
+    def deliver(self, coefficient: Coefficient) -> None:
+        """x, e and z after the exchange, at these coordinates."""
+        self._x.add_(self._exchange.received, alpha=-self._state.share)
+        self._e.sub_(self._exchange.sent)
+        stand(self._x, self._e, coefficient, self._z)
+        for whole, block in zip(self._whole, (self._x, self._e, self._z)):
+            self._exchange.codec.write(block, whole)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from hvd_compress import validation
-from hvd_compress.algorithms.base import Algorithm, Context, GradientState, Rate, require_summable
+from hvd_compress.algorithms.base import Algorithm, GradientState, Rate, require_combining
 from hvd_compress.buckets import BUCKET_BYTES, PAYLOAD_BYTES, Bucket, Mirror
-from hvd_compress.compressors import Compressor
-from hvd_compress.exchange import SummedExchange
+from hvd_compress.compressors import Combine, Compressor
+from hvd_compress.exchange import Context, exchange_for
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class EF(Algorithm):
     optimizers whose update does not grow with the gradient (Adam and its kin).
 
     Args:
-        compressor: what is sent; its payloads must be summable.
+        compressor: what is sent; any but a sketch. Summed payloads travel by one allreduce per bucket,
+            top-k and signs by one allgather, low-rank factors by two allreduces.
         rescale_residual: False leaves the ratio out.
 
     Raises:
@@ -40,7 +41,7 @@ class EF(Algorithm):
     rescale_residual: bool = True
 
     def __post_init__(self) -> None:
-        require_summable("EF", self.compressor)
+        require_combining("EF", "compressor", self.compressor, (Combine.SUM, Combine.GATHER, Combine.JOINT))
         validation.boolean("EF", "rescale_residual", self.rescale_residual)
 
     @property
@@ -63,9 +64,7 @@ class _EFState(GradientState):
 
     def __init__(self, config: EF, bucket: Bucket, context: Context) -> None:
         self.bucket, self._config, self._context = bucket, config, context
-        self._exchange = SummedExchange(
-            bucket, config.compressor, context.link, context.reduction, context.recorder
-        )
+        self._exchange = exchange_for(bucket, config.compressor, context)
         self._residual = bucket.mirror(bucket.state_dtype)
         self._targets: list[Optional[Tensor]] = [None] * len(bucket.parameters)
         self._absorbed = False
@@ -73,7 +72,7 @@ class _EFState(GradientState):
         self._unit, self._lr, self._loss_scale = 1.0, 0.0, 1.0
 
     def buffers(self) -> dict[str, Mirror]:
-        return {"residual": self._residual}
+        return {"residual": self._residual, **self._exchange.memory()}
 
     def scalars(self) -> dict[str, Any]:
         return {"unit": self._unit, "lr": self._lr}
@@ -119,8 +118,8 @@ class _EFState(GradientState):
             found = [gradients[i] for i in fresh]
             views = [self._residual.views[i] for i in fresh]
             torch._foreach_add_(views, found, alpha=self._unit / rate.loss_scale)  # type: ignore[arg-type]
-        self._exchange.codec.begin(step)
-        self._exchange.codec.encode(self._residual.flat, self._exchange.sent)
+        self._exchange.begin(step)
+        self._exchange.encode(self._residual.flat)
         self._exchange.launch()
         # While it travels.
         for i, (gradient, view) in enumerate(zip(gradients, self._residual.views)):
@@ -140,8 +139,10 @@ class _EFState(GradientState):
         self._context.recorder.decode_seconds(time.perf_counter() - begin)
         return targets
 
-    def owed_update(self, lr: float) -> Optional[Tensor]:
-        return self._residual.flat * (lr / self._unit)
+    def owed(self, lr: float) -> Optional[Tensor]:
+        # With op=Sum the wrapped optimizer will see the ranks' sum.
+        shares = 1 if self._context.averages else self._context.link.size
+        return self._residual.flat * (lr / self._unit * shares)
 
     def forgive(self) -> None:
         self._residual.flat.zero_()

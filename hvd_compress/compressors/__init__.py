@@ -11,9 +11,10 @@ from hvd_compress.compressors.base import (
     SummableCodec,
 )
 from hvd_compress.compressors.random_block import RandomBlock
+from hvd_compress.compressors.warmup import Warmup
 from hvd_compress.compressors.whole import Cast, Identity
 
 __all__ = [
     "Cast", "Codec", "Combine", "Compressor", "Identity", "JointCodec", "Layout", "Payload", "RandomBlock",
-    "ShardedCodec", "SummableCodec",
+    "ShardedCodec", "SummableCodec", "Warmup",
 ]

@@ -89,6 +89,10 @@ class Codec(abc.ABC):
     def accumulate(self, wire: Tensor, flat: Tensor, alpha: float) -> None:
         """``flat += alpha * decode(wire)``."""
 
+    def clear(self, wire: Tensor, flat: Tensor) -> None:
+        """Set the coordinates that ``wire`` stands for to zero in ``flat`` (compressors that select coordinates)."""
+        raise NotImplementedError(f"{type(self).__name__} sends something of every coordinate")
+
 
 class SummableCodec(Codec):
     """Payloads may be added, and stand for coordinates that all ranks know without being told.
@@ -190,10 +194,12 @@ class Compressor(abc.ABC):
         combine: how payloads of several ranks become one aggregate.
         lossless: True if ``decode(encode(v))`` equals ``v`` up to the dtype of the payload, so that it may
             be used without error feedback.
+        selects: True if the payload is a choice of coordinates with their values.
     """
 
-    combine: ClassVar[Combine] = Combine.SUM
+    combine: Combine = Combine.SUM
     lossless: ClassVar[bool] = False
+    selects: ClassVar[bool] = False
 
     @property
     def summable(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
-from typing import Any, Sequence
+from typing import Any, ClassVar, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -56,6 +56,7 @@ class RandomBlock(Compressor):
         ValueError: if an argument is out of range.
     """
 
+    selects: ClassVar[bool] = True
     density: float = 1 / 64
     seed: int = 0
 
@@ -139,6 +140,9 @@ class _RandomBlockCodec(SummableCodec):
 
     def write(self, wire: Tensor, flat: Tensor) -> None:
         torch._foreach_copy_(self._blocks(flat), self._values(wire))
+
+    def clear(self, wire: Tensor, flat: Tensor) -> None:
+        torch._foreach_zero_(self._blocks(flat))
 
     def scatter(self, wire: Tensor, tensors: Sequence[Tensor]) -> None:
         blocks: list[Tensor] = []

@@ -18,13 +18,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hvd_compress import DEF, EF, Algorithm, Average, Cast, Compressor, Dense, Identity, RandomBlock, Sum
-from hvd_compress.algorithms.base import Context, GradientState, Rate, UpdateState
+from hvd_compress.algorithms.base import GradientState, Rate, UpdateState
 from hvd_compress.algorithms.folding import Folder, stand
 from hvd_compress.buckets import Bucket, Entry
 from hvd_compress.collectives import Pending
 from hvd_compress.compressors import Layout
 from hvd_compress.consensus import _checksum
-from hvd_compress.exchange import Reduction
+from hvd_compress.exchange import Context, Reduction
 from hvd_compress.reducer import Reducer
 from hvd_compress.rewrites import RewriteWatch
 from hvd_compress.telemetry import Recorder
@@ -231,7 +231,7 @@ def test_gradient_algorithms(
         results = state.finish()
         assert [(g.shape, g.dtype, g.device) for g in results] == [(p.shape, dtype, DEVICE) for p in b.parameters]
     state.residual()
-    state.owed_update(0.1)
+    state.owed(0.1)
     state.forgive()
     assert len(link.calls) == 4
     assert len(set(link.calls)) == 1, "one collective per step, always of the same name, size, dtype and op"

@@ -12,7 +12,8 @@ import torch
 
 import hvd_compress
 from hvd_compress import DEF, EF, Cast, Compression, Dense, Identity, RandomBlock
-from hvd_compress.algorithms.base import require_summable
+from hvd_compress.algorithms.base import require_combining
+from hvd_compress.compressors import Combine
 
 BLOCK = RandomBlock()
 NUMBERS = [math.nan, math.inf, -math.inf, -1, "x", "0.5", None, True, False, 1j, [0.5], torch.tensor(0.5)]
@@ -114,11 +115,20 @@ def test_defaults_are_the_documented_ones() -> None:
     assert Dense() == Dense(wire=Identity())
 
 
-@pytest.mark.parametrize("kind", [EF, DEF])
-def test_payloads_that_cannot_be_summed_are_refused(kind: Any) -> None:
-    class Gathered(Identity):
-        summable = False
+class Sketched(Identity):
+    combine = Combine.SKETCH
 
-    with pytest.raises(ValueError, match=rf"{kind.__name__}: compressor=.*Gathered.*cannot be summed"):
-        kind(Gathered())
-    assert require_summable("EF", BLOCK) is BLOCK
+
+class Joint(Identity):
+    combine = Combine.JOINT
+
+
+def test_compressors_that_an_algorithm_cannot_use_are_refused_with_the_reason() -> None:
+    for kind in (EF, DEF):
+        with pytest.raises(ValueError, match=rf"{kind.__name__}: compressor=.*Sketched.*use GlobalSketch"):
+            kind(Sketched())
+    with pytest.raises(ValueError, match=r"X: server=.*Joint.*use EF\(\.\.\.\) or DEF"):
+        require_combining("X", "server", Joint(), (Combine.SUM, Combine.GATHER))
+    with pytest.raises(ValueError, match=r"DEF: coefficient='auto' is not allowed with compressor=.*Joint"):
+        DEF(Joint(), "auto")
+    assert require_combining("EF", "compressor", BLOCK, (Combine.SUM,)) is BLOCK

@@ -1,0 +1,190 @@
+"""LIEC-SGD: two-way compression with local immediate error compensation (Cheng et al. 2024)."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any, Mapping, Optional, Sequence
+
+import torch
+from torch import Tensor
+
+from hvd_compress import validation
+from hvd_compress.algorithms.base import Algorithm, GradientState, Rate, require_combining, require_constant
+from hvd_compress.buckets import BUCKET_BYTES, PAYLOAD_BYTES, Bucket, Mirror
+from hvd_compress.collectives import Link, Pending
+from hvd_compress.compressors import BlockSign, Combine, Compressor
+from hvd_compress.exchange import Context, TwoWayExchange
+
+
+@dataclass(frozen=True)
+class LIEC(Algorithm):
+    """Local immediate error compensation: what a rank did not send it applies to its own model at once.
+
+    Each rank trains a model z_k of its own. With g_k the gradient there, s the server's error:
+
+        send C(g_k);  r_k = g_k - C(g_k);  p = mean_k C(g_k) + s;  q = C(p);  s = p - q;  d_k = q + r_k
+
+    and the wrapped optimizer steps along d_k, which is what ``p.grad`` holds after ``synchronize()``. Every
+    ``averaging_period`` steps nothing is compressed: z_k = mean_k z_k, d_k = mean_k g_k + s, s = 0. The model
+    to evaluate or save is mean_k z_k: ``optimizer.consensus()``. The authors use plain SGD; with momentum the
+    models still average to the same mean, but stay apart after an averaging step. Statistics of
+    batch normalisation are not parameters: take rank 0's (``hvd.broadcast_parameters`` of the buffers).
+
+    Args:
+        compressor: what travels both ways; with random selections the draws up and down are independent. Any
+            whose payload one rank can make alone.
+        averaging_period: steps from one averaging to the next (the authors' T0: 32 or 100).
+        rescale_residual: True keeps s in update units when the learning rate changes; False is the
+            authors' variant.
+
+    Raises:
+        ValueError: if an argument is not allowed.
+    """
+
+    compressor: Compressor = field(default_factory=BlockSign)
+    averaging_period: int = 32
+    rescale_residual: bool = True
+
+    def __post_init__(self) -> None:
+        allowed = (Combine.SUM, Combine.GATHER)
+        require_constant("LIEC", "compressor", require_combining("LIEC", "compressor", self.compressor, allowed))
+        validation.integer("LIEC", "averaging_period", self.averaging_period, 1)
+        validation.boolean("LIEC", "rescale_residual", self.rescale_residual)
+
+    @property
+    def bucket_bytes(self) -> float:
+        return max(BUCKET_BYTES, PAYLOAD_BYTES / self.compressor.fraction)
+
+    def attach(self, bucket: Bucket, context: Context) -> GradientState:
+        return _LIECState(self, bucket, context)
+
+
+class _LIECState(GradientState):
+    """``_direction`` holds g_k, then r_k, then d_k; the server's error is in gradient units of the last rate."""
+
+    replicated = False
+
+    def __init__(self, config: LIEC, bucket: Bucket, context: Context) -> None:
+        self.bucket, self._config, self._context = bucket, config, context
+        self._exchange = TwoWayExchange(bucket, config.compressor, config.compressor, context)
+        self._direction = bucket.mirror(bucket.state_dtype)
+        self._out = self._direction if bucket.dtype == bucket.state_dtype else bucket.mirror(bucket.dtype)
+        self._carried: Optional[Tensor] = None  # a former owner's error, after the number of ranks has changed
+        self._models: Optional[Mirror] = None
+        self._averaging: list[Pending] = []
+        self._lr, self._loss_scale = 0.0, 1.0
+
+    def buffers(self) -> dict[str, Mirror]:
+        return {"server": self._exchange.mirror()}
+
+    def scalars(self) -> dict[str, Any]:
+        return {"lr": self._lr}
+
+    def load_scalars(self, saved: Mapping[str, Any]) -> None:
+        self._lr = float(saved["lr"])
+
+    def residual(self) -> Optional[Tensor]:
+        return self._exchange.error
+
+    def abandon(self) -> None:
+        """Nothing is absorbed before ``start``."""
+
+    def _follow(self, rate: Rate) -> None:
+        """Keep what the server owes in update units: eta_{t-1} / eta_t times as much gradient."""
+        if (owed := self._exchange.resettle()) is not None:
+            self._carried = owed if self._carried is None else self._carried.add_(owed)
+        if self._config.rescale_residual and not rate.scale_free and self._lr > 0 and rate.lr > 0:
+            ratio = self._lr / rate.lr
+            if ratio != 1.0:
+                self._exchange.error.mul_(ratio)
+                if self._carried is not None:
+                    self._carried.mul_(ratio)
+        self._lr, self._loss_scale = rate.lr, rate.loss_scale
+
+    def start(self, step: int, gradients: Sequence[Optional[Tensor]], rate: Rate) -> None:
+        begin = time.perf_counter()
+        self._follow(rate)
+        views = self._direction.views
+        missing = [view for view, g in zip(views, gradients) if g is None]
+        found = [(view, g) for view, g in zip(views, gradients) if g is not None and g.data_ptr() != view.data_ptr()]
+        if missing:
+            torch._foreach_zero_(missing)
+        if found:
+            torch._foreach_copy_([view for view, _ in found], [g for _, g in found])
+        g = self._direction.flat
+        if rate.loss_scale != 1.0:
+            g.mul_(1.0 / rate.loss_scale)
+        if self._carried is not None:
+            g.add_(self._carried)
+        if (step + 1) % self._config.averaging_period == 0:
+            self._launch_averaging()
+        else:
+            self._exchange.begin(step)
+            self._exchange.encode(g)
+            self._exchange.launch()
+        self._context.recorder.encode_seconds(time.perf_counter() - begin)
+
+    def _launch_averaging(self) -> None:
+        """Send the local models and g_k, each owner adding the error of its shard."""
+        link, bucket = self._context.link, self.bucket
+        if self._models is None:
+            self._models = bucket.mirror(bucket.state_dtype)
+        torch._foreach_copy_(self._models.views, [p.data for p in bucket.parameters])
+        begin, end = self._exchange.span
+        self._direction.flat[begin:end].add_(self._exchange.error, alpha=link.size)
+        self._averaging = [
+            link.allreduce_async(self._models.flat, f"{bucket.name}.models"),
+            link.allreduce_async(self._direction.flat, f"{bucket.name}.gradients"),
+        ]
+
+    def advance(self) -> None:
+        if not self._averaging:
+            self._exchange.answer()
+
+    def finish(self) -> list[Tensor]:
+        if self._averaging:
+            self._finish_averaging()
+        else:
+            self._exchange.wait()
+        begin = time.perf_counter()
+        d = self._direction.flat
+        if self._averaging:
+            self._averaging = []
+        else:
+            self._exchange.keep_back(d)
+            self._exchange.deliver(d, 1.0)
+        self._carried = None
+        scale = self._loss_scale * (1 if self._context.averages else self._context.link.size)
+        if scale != 1.0:
+            d.mul_(scale)
+        if self._out is not self._direction:
+            self._out.flat.copy_(d)
+        self._context.recorder.decode_seconds(time.perf_counter() - begin)
+        return self._out.views
+
+    def _finish_averaging(self) -> None:
+        begin = time.perf_counter()
+        for pending in self._averaging:
+            pending.wait()
+        self._context.recorder.wait_seconds(time.perf_counter() - begin)
+        assert self._models is not None
+        with torch.no_grad():
+            torch._foreach_copy_([p.data for p in self.bucket.parameters], self._models.views)
+        self._exchange.error.zero_()
+
+    def shared_point(self, link: Link) -> Optional[Tensor]:
+        """The mean of the local models."""
+        if link.size == 1:
+            return None
+        return link.allreduce(self.parameters_now(), f"{self.bucket.name}.mean")
+
+    def owed(self, lr: float) -> Optional[Tensor]:
+        owed = self._exchange.owed()
+        if self._carried is not None:
+            owed.add_(self._carried)
+        return owed.mul_(lr * (1 if self._context.averages else self._context.link.size))
+
+    def forgive(self) -> None:
+        self._exchange.error.zero_()
+        self._carried = None

@@ -1,0 +1,86 @@
+"""Warm-up: another compressor for each stretch of steps, such as a density that falls geometrically."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Sequence
+
+import torch
+from torch import Tensor
+
+from hvd_compress import validation
+from hvd_compress.compressors.base import AnyCodec, Compressor, Layout, Payload
+
+
+@dataclass(frozen=True)
+class Warmup(Compressor):
+    """A compressor whose density changes with the step, as Deep Gradient Compression warms up.
+
+    ``densities[i]`` is in force for ``steps`` steps (exchanges) from ``i * steps`` on, the compressor's own
+    density after that. ``densities=(1.0,)`` is "dense first steps". To go by epochs give ``steps`` as the
+    number of steps per epoch.
+
+    Args:
+        compressor: one that has a density.
+        densities: densities of the stages before the compressor's own, each 0 < density <= 1.
+        steps: steps per stage.
+
+    Raises:
+        ValueError: if an argument is out of range.
+    """
+
+    compressor: Compressor
+    densities: Sequence[float] = (0.25, 0.0625, 0.015625, 0.004)
+    steps: int = 100
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.compressor, Compressor) or not hasattr(self.compressor, "density"):
+            raise ValueError(
+                f"Warmup: compressor={self.compressor!r} is not allowed; it must be a compressor with a density, such "
+                "as TopK(density=1/1000)"
+            )
+        for density in self.densities:
+            validation.density("Warmup", density)
+        validation.integer("Warmup", "steps", self.steps, 1)
+        object.__setattr__(self, "densities", tuple(float(d) for d in self.densities))
+        for name in ("combine", "lossless", "selects"):
+            object.__setattr__(self, name, getattr(self.compressor, name))
+
+    @classmethod
+    def geometric(cls, compressor: Compressor, start: float, stages: int, steps: int) -> Warmup:
+        """``stages`` densities from ``start`` down towards the compressor's own, by a constant factor."""
+        validation.density("Warmup.geometric", start)
+        validation.integer("Warmup.geometric", "stages", stages, 1)
+        end = float(getattr(compressor, "density", start))
+        return cls(compressor, tuple(start * (end / start) ** (i / stages) for i in range(stages)), steps)
+
+    @property
+    def fraction(self) -> float:
+        return self.compressor.fraction
+
+    def stage(self, step: int) -> int:
+        """Index of the stage of a step; ``len(densities)`` is the compressor itself."""
+        return min(step // self.steps, len(self.densities))
+
+    def at(self, step: int) -> Compressor:
+        """The compressor in force at a step."""
+        stage = self.stage(step)
+        if stage == len(self.densities):
+            return self.compressor
+        compressor: Any = self.compressor
+        changed: Compressor = dataclasses.replace(compressor, density=self.densities[stage])
+        return changed
+
+    def encode(self, tensor: Tensor, name: str = "", step: int = 0) -> Payload:
+        """As the compressor in force at ``step``."""
+        payload = self.at(step).encode(tensor, name, step)
+        return dataclasses.replace(payload, context={**payload.context, "step": step})
+
+    def decode(self, payload: Payload) -> Tensor:
+        """As the compressor that made the payload."""
+        return self.at(payload.context["step"]).decode(payload)
+
+    def codec(self, layout: Layout, dtype: torch.dtype, device: torch.device) -> AnyCodec:
+        """Refused: a codec has one payload size; ``exchange_for`` makes one exchange per stage instead."""
+        raise ValueError(f"{self!r} changes the size of its payload; take it stage by stage, by at(step)")

@@ -1,0 +1,114 @@
+"""What an exchange is: how the payload of one bucket travels and comes back as an aggregate over ranks."""
+
+from __future__ import annotations
+
+import abc
+import time
+from typing import Any, Callable, NamedTuple, Optional, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from hvd_compress.buckets import Bucket, Mirror
+from hvd_compress.collectives import Average, Link
+from hvd_compress.compressors.base import pieces
+from hvd_compress.telemetry import Recorder
+
+
+class Reduction(NamedTuple):
+    """How ranks are combined, in Horovod's terms.
+
+    Attributes:
+        op: Average or Sum.
+        predivide: Horovod's ``gradient_predivide_factor``: divide by it before the sum, multiply after.
+    """
+
+    op: int = Average
+    predivide: float = 1.0
+
+
+def _stateless(parameter: Parameter) -> dict[str, Any]:
+    return {}
+
+
+class Context(NamedTuple):
+    """What the optimizer lends to the state of a bucket and to its exchange.
+
+    Attributes:
+        state_of: the wrapped optimizer's state of a parameter, as it is now (may be empty).
+    """
+
+    link: Link
+    reduction: Reduction
+    recorder: Recorder
+    state_of: Callable[[Parameter], dict[str, Any]] = _stateless
+
+    @property
+    def averages(self) -> bool:
+        """Whether the aggregate is the ranks' mean (else their sum)."""
+        return bool(self.reduction.op == Average)
+
+
+class Exchange(abc.ABC):
+    """One-way compression: every rank sends its payload, every rank gets the aggregate.
+
+    A step calls ``begin``, ``encode``, ``launch``, ``wait`` and then what it needs of the rest. Until ``wait``
+    has returned nothing has changed but buffers of the exchange: a failed collective loses nothing.
+    """
+
+    def __init__(self, bucket: Bucket, context: Context) -> None:
+        self.bucket, self.context = bucket, context
+        self._aggregate: Optional[Tensor] = None
+
+    @abc.abstractmethod
+    def begin(self, step: int) -> None:
+        """Draw what step ``step`` needs; host work only."""
+
+    @abc.abstractmethod
+    def encode(self, flat: Tensor) -> None:
+        """Form this rank's payload of ``flat``, which must stay as it is until ``wait`` has returned."""
+
+    @abc.abstractmethod
+    def launch(self) -> None:
+        """Send the payload."""
+
+    def wait(self) -> None:
+        """Wait until the aggregate is there.
+
+        Raises:
+            HorovodInternalError: if a peer has failed.
+        """
+        begin = time.perf_counter()
+        self.receive()
+        self.context.recorder.wait_seconds(time.perf_counter() - begin)
+
+    @abc.abstractmethod
+    def receive(self) -> None:
+        """``wait``, without the clock."""
+
+    @abc.abstractmethod
+    def keep_back(self, residual: Tensor) -> None:
+        """``residual -=`` what this rank has given away: it is no longer owed."""
+
+    @abc.abstractmethod
+    def deliver(self, target: Tensor, alpha: float) -> None:
+        """``target += alpha *`` the aggregate; the same bits on every rank."""
+
+    def scatter(self, tensors: Sequence[Tensor], scale: float = 1.0) -> None:
+        """Write ``scale *`` the aggregate into a bucket's flattened tensors, which hold zeros."""
+        layout = self.bucket.layout
+        if self._aggregate is None:
+            self._aggregate = torch.zeros(layout.total, dtype=self.bucket.state_dtype, device=self.bucket.device)
+        else:
+            self._aggregate.zero_()
+        self.deliver(self._aggregate, scale)
+        torch._foreach_copy_(list(tensors), list(pieces(self._aggregate, layout.numels)))
+
+    def clear(self, flat: Tensor) -> None:
+        """Set the coordinates that this rank has sent to zero (compressors that select coordinates)."""
+        raise NotImplementedError(f"{type(self).__name__} does not know which coordinates were sent")
+
+    def memory(self) -> dict[str, Mirror]:
+        """What the compressor carries from step to step, the same on every rank, by kind."""
+        return {}

@@ -1,0 +1,54 @@
+"""Payloads that ranks make together, in rounds of small allreduces (PowerSGD)."""
+
+from __future__ import annotations
+
+from typing import Optional, cast
+
+import torch
+from torch import Tensor
+
+from hvd_compress.buckets import Bucket, Mirror
+from hvd_compress.compressors.base import Compressor, JointCodec
+from hvd_compress.exchange.base import Context, Exchange
+from hvd_compress.exchange.ring import Ring
+
+
+class JointExchange(Exchange):
+    """What is decoded is common to all ranks, and so is what each of them has given away."""
+
+    def __init__(self, bucket: Bucket, compressor: Compressor, context: Context) -> None:
+        super().__init__(bucket, context)
+        self._codec = cast(JointCodec, compressor.codec(bucket.layout, bucket.state_dtype, bucket.device))
+        wires = [torch.zeros(n, dtype=self._codec.dtype, device=bucket.device) for n in self._codec.numels]
+        self._rings = [Ring(wire, f"round{i}", bucket, context, averages=True) for i, wire in enumerate(wires)]
+        self._flat: Optional[Tensor] = None
+
+    def begin(self, step: int) -> None:
+        self._codec.begin(step)
+
+    def encode(self, flat: Tensor) -> None:
+        self._flat = flat
+        self._codec.encode(0, flat, self._rings[0].buffer)
+
+    def launch(self) -> None:
+        self._rings[0].launch()
+
+    def receive(self) -> None:
+        assert self._flat is not None
+        for index, ring in enumerate(self._rings):
+            if index:
+                self._codec.encode(index, self._flat, ring.buffer)
+                ring.launch()
+            ring.wait()
+            self._codec.receive(index, ring.buffer)
+        self._flat = None
+
+    def keep_back(self, residual: Tensor) -> None:
+        self._codec.accumulate(residual, -1.0)
+
+    def deliver(self, target: Tensor, alpha: float) -> None:
+        self._codec.accumulate(target, alpha if self.context.averages else alpha * self.context.link.size)
+
+    def memory(self) -> dict[str, Mirror]:
+        # Views of their own memory: there is no flat vector behind them.
+        return {kind: Mirror(self._rings[0].buffer[:0], views) for kind, views in self._codec.memory().items()}

@@ -1,0 +1,49 @@
+"""One buffer summed in place by one allreduce of fixed size and stable name."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hvd_compress.buckets import Bucket
+from hvd_compress.collectives import Average, Pending
+from hvd_compress.exchange.base import Context, Reduction
+
+
+def spread_of(bucket: Bucket, dtype: torch.dtype) -> float:
+    """Power of two to divide a bucket's payload by before it travels, and to multiply it with by Horovod after.
+
+    Horovod fuses what happens to be ready in the same cycle, and where a ring cuts a fused buffer decides in
+    which order ranks are added: results would depend on timing. It never fuses collectives with different
+    scale factors, and powers of two round nothing (16-bit payloads have no range to spare and are left alone).
+    """
+    return 2.0 ** (bucket.ordinal % 16) if dtype.itemsize > 2 else 1.0
+
+
+class Ring:
+    """A buffer of one bucket that ranks sum or average, the order of summation not depending on timing.
+
+    Args:
+        buffer: what is reduced, in place.
+        name: what the collective is called after the bucket's name.
+        averages: the mean is wanted, whatever the optimizer's op.
+    """
+
+    def __init__(self, buffer: Tensor, name: str, bucket: Bucket, context: Context, averages: bool = False) -> None:
+        self.buffer, self._name, self._context = buffer, f"{bucket.name}.{name}", context
+        reduction = Reduction(Average) if averages else context.reduction
+        self._op, self._predivide = reduction.op, reduction.predivide
+        self.spread = spread_of(bucket, buffer.dtype)
+        self._pending = Pending(None)
+
+    def launch(self, divided: bool = False) -> None:
+        """Start; ``divided`` says that the buffer has been divided by ``spread`` already."""
+        if self.spread != 1.0 and not divided:
+            self.buffer.mul_(1.0 / self.spread)
+        self._pending = self._context.link.allreduce_async(
+            self.buffer, self._name, self._op, 1.0 / self._predivide, self._predivide * self.spread
+        )
+
+    def wait(self) -> None:
+        """Until the buffer holds the aggregate."""
+        self._pending.wait()

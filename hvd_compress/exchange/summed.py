@@ -1,0 +1,72 @@
+"""Payloads that may be added: one ring-allreduce per step."""
+
+from __future__ import annotations
+
+from typing import Sequence, cast
+
+import torch
+from torch import Tensor
+
+from hvd_compress.buckets import Bucket
+from hvd_compress.compressors.base import Compressor, SummableCodec
+from hvd_compress.exchange.base import Context, Exchange
+from hvd_compress.exchange.ring import Ring
+
+
+class SummedExchange(Exchange):
+    """Payloads that may be added: one ring-allreduce of fixed size and stable name per step.
+
+    Scalars that ride along (``tail``) are averaged over ranks in float32 or float64: in the same
+    collective if the payload's dtype carries them, else in a small one of their own.
+
+    Args:
+        tail: number of scalars that ride along.
+    """
+
+    def __init__(self, bucket: Bucket, compressor: Compressor, context: Context, tail: int = 0) -> None:
+        super().__init__(bucket, context)
+        self.codec = cast(SummableCodec, compressor.codec(bucket.layout, bucket.state_dtype, bucket.device))
+        rides = tail if self.codec.dtype == bucket.state_dtype else 0
+        n = self.codec.numel
+        self.sent = torch.zeros(n, dtype=self.codec.dtype, device=bucket.device)
+        buffer = torch.zeros(n + rides, dtype=self.codec.dtype, device=bucket.device)
+        self.received, self.tail = buffer[:n], buffer[n:]
+        self._rings = [Ring(buffer, "sum", bucket, context)]
+        if tail and not rides:
+            self.tail = torch.zeros(tail, dtype=bucket.state_dtype, device=bucket.device)
+            self._rings.append(Ring(self.tail, "tail", bucket, context))
+
+    def begin(self, step: int) -> None:
+        self.codec.begin(step)
+
+    def encode(self, flat: Tensor) -> None:
+        self.codec.encode(flat, self.sent)
+
+    def launch(self) -> None:
+        """Send ``sent`` (kept: it says what this rank has given away) and ``tail``."""
+        self.received.copy_(self.sent)
+        for ring in self._rings:
+            ring.launch()
+
+    def receive(self) -> None:
+        """Wait until ``received`` and ``tail`` hold the aggregate over ranks."""
+        for ring in self._rings:
+            ring.wait()
+
+    def tail_mean(self, size: int) -> Tensor:
+        """The scalars' mean over ``size`` ranks, whatever the reduction's op."""
+        return self.tail if self.context.averages else self.tail / size
+
+    def keep_back(self, residual: Tensor) -> None:
+        self.codec.accumulate(self.sent, residual, -1.0)
+
+    def deliver(self, target: Tensor, alpha: float) -> None:
+        self.codec.accumulate(self.received, target, alpha)
+
+    def scatter(self, tensors: Sequence[Tensor], scale: float = 1.0) -> None:
+        if scale != 1.0:
+            self.received.mul_(scale)
+        self.codec.scatter(self.received, tensors)
+
+    def clear(self, flat: Tensor) -> None:
+        self.codec.clear(self.sent, flat)

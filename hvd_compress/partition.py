@@ -1,0 +1,67 @@
+"""Which parameters travel together: buckets with the algorithm that a policy chooses, and sparse gradients apart."""
+
+from __future__ import annotations
+
+from typing import Iterable, Sequence
+
+from torch.nn import Parameter
+
+from hvd_compress import sparse
+from hvd_compress.algorithms.base import Algorithm, State
+from hvd_compress.arguments import Groups, teams_of
+from hvd_compress.buckets import Entry, build
+from hvd_compress.collectives import is_elastic
+from hvd_compress.exchange import Context
+
+
+class Partition:
+    """Buckets of one optimizer with their states; only ever grows, so that indices stay valid.
+
+    Attributes:
+        states: one per bucket.
+        sparse: parameters with sparse gradients, which are gathered instead.
+        home: index of a parameter's bucket.
+        place: its index within the bucket.
+    """
+
+    def __init__(self, algorithm: Algorithm, context: Context, groups: Groups, sparse_as_dense: bool) -> None:
+        self._algorithm, self._context, self._groups = algorithm, context, groups
+        # Updates are dense whatever the gradients; a joining elastic rank could not take part in agreeing.
+        self._finds_sparse = not (algorithm.exchanges_updates or sparse_as_dense or is_elastic())
+        self.states: list[State] = []
+        self.sparse: list[Parameter] = []
+        self.home: dict[Parameter, int] = {}
+        self.place: dict[Parameter, int] = {}
+
+    def extend(self, entries: Iterable[Entry]) -> list[State]:
+        """Cut buckets for the entries that have none and allocate their states, which are returned."""
+        known = {id(p) for p in (*self.home, *self.sparse)}
+        homeless = [entry for entry in entries if id(entry.parameter) not in known]
+        if self._finds_sparse:
+            found = sparse.agree_sparse(self._context.link, [entry.parameter for entry in homeless])
+            self.sparse += found
+            apart = {id(p) for p in found}
+            homeless = [entry for entry in homeless if id(entry.parameter) not in apart]
+        by_algorithm: dict[Algorithm, list[Entry]] = {}
+        for entry in homeless:
+            by_algorithm.setdefault(self._algorithm.choose(entry), []).append(entry)
+        parameters = [entry.parameter for entry in homeless]
+        teams = [] if self._algorithm.exchanges_updates else teams_of(self._groups, parameters)
+        new: list[State] = []
+        for algorithm, members in by_algorithm.items():
+            new += self._attach(algorithm, members, teams, f"bucket{len(self.states)}.", len(new))
+        self.states += new
+        return new
+
+    def _attach(
+        self, algorithm: Algorithm, members: Sequence[Entry], teams: Sequence[frozenset[int]], prefix: str, first: int
+    ) -> list[State]:
+        """States for ``members``, the first of them being number ``first`` of those now made."""
+        buckets = build(
+            members, prefix=prefix, split_groups=algorithm.splits_groups, max_bytes=algorithm.bucket_bytes,
+            teams=teams, first=first,
+        )
+        for index, bucket in enumerate(buckets, len(self.states) + first):
+            self.home.update((p, index) for p in bucket.parameters)
+            self.place.update((p, i) for i, p in enumerate(bucket.parameters))
+        return [algorithm.attach(bucket, self._context) for bucket in buckets]

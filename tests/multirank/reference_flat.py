@@ -1,0 +1,206 @@
+"""Plain numpy versions, all ranks in one loop, of the algorithms that see a bucket as one flat vector.
+
+The order in the flat vector is the package's: last parameters first. Compressors here map a flat float64
+vector and a step to what is decoded from its payload.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Callable, Optional, Sequence
+
+import numpy as np
+import reference
+from reference import SGD, Array, Tensors
+
+ORDER = tuple(reversed(reference.SHAPES))
+SIZES = {name: int(np.prod(reference.SHAPES[name])) for name in ORDER}
+TOTAL = sum(SIZES.values())
+Map = Callable[[Array, int], Array]
+
+
+def to_flat(tensors: Tensors) -> Array:
+    return np.concatenate([tensors[name].reshape(-1) for name in ORDER])
+
+
+def from_flat(flat: Array) -> Tensors:
+    parts = np.split(flat, np.cumsum([SIZES[name] for name in ORDER])[:-1])
+    return {name: part.reshape(reference.SHAPES[name]).copy() for name, part in zip(ORDER, parts)}
+
+
+def borders(ranks: int) -> list[int]:
+    """Shards begin at multiples of 8 elements and are of almost equal length."""
+    units = -(-TOTAL // 8)
+    return [min(TOTAL, 8 * (units * k // ranks)) for k in range(ranks + 1)]
+
+
+def parts(cuts: Sequence[int]) -> list[tuple[str, int, int]]:
+    """(name, begin, end) of the tensors' parts between the cuts, in order; a cut tensor gives several."""
+    found = []
+    for low, high in zip(cuts, cuts[1:]):
+        begin = 0
+        for name, size in SIZES.items():
+            a, b = max(low, begin), min(high, begin + size)
+            if a < b:
+                found.append((name if b - a == size else f"{name}@{a - begin}", a, b))
+            begin += size
+    return found
+
+
+# -- compressors ---------------------------------------------------------------------------------------
+
+
+def identity(v: Array, step: int) -> Array:
+    return v.copy()
+
+
+def signs(spans: Sequence[tuple[int, int]]) -> Map:
+    """Per block the mean magnitude, in float32, times the signs."""
+
+    def compress(v: Array, step: int) -> Array:
+        out = np.zeros_like(v)
+        for a, b in spans:
+            out[a:b] = np.float32(np.abs(v[a:b]).mean()) * np.where(v[a:b] >= 0, 1.0, -1.0)
+        return out
+
+    return compress
+
+
+def sign_blocks(block_size: Optional[int], cuts: Sequence[int] = (0, TOTAL)) -> list[tuple[int, int]]:
+    return [
+        (i, min(b, i + (block_size or b - a))) for _, a, b in parts(cuts) for i in range(a, b, block_size or b - a)
+    ]
+
+
+def top(density: float, cuts: Sequence[int] = (0, TOTAL)) -> Map:
+    """The largest magnitudes of each stretch between cuts."""
+
+    def compress(v: Array, step: int) -> Array:
+        out = np.zeros_like(v)
+        for a, b in zip(cuts, cuts[1:]):
+            if b > a:
+                k = max(1, int((b - a) * density))
+                chosen = a + np.argsort(-np.abs(v[a:b]), kind="stable")[:k]
+                out[chosen] = v[chosen]
+        return out
+
+    return compress
+
+
+def selected(select: Callable[[str, int, int], Any], cuts: Sequence[int] = (0, TOTAL), prefix: str = "") -> Map:
+    """RandomBlock or RandomK: ``select`` gives (start, length) or indices for each tensor or part."""
+
+    def compress(v: Array, step: int) -> Array:
+        out = np.zeros_like(v)
+        for name, a, b in parts(cuts):
+            choice = select(prefix + name, b - a, step)
+            if isinstance(choice, tuple):
+                choice = (choice[0] + np.arange(choice[1])) % (b - a)
+            out[a + choice] = v[a + choice]
+        return out
+
+    return compress
+
+
+# -- algorithms ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class FlatRun:
+    """State after a run, as flat vectors."""
+
+    x: Array
+    e: list[Array]
+    z: list[Array]
+    s: Array
+
+
+def _gradients(points: Sequence[Array], t: int) -> list[Tensors]:
+    return [reference.gradient(from_flat(z), *reference.batch(k, t)) for k, z in enumerate(points)]
+
+
+def _updates(points: Sequence[Array], t: int, lr: float, optimizers: Sequence[SGD]) -> list[Array]:
+    """What each rank's optimizer subtracts at its own point."""
+    found = _gradients(points, t)
+    return [to_flat(o.update(from_flat(z), g, lr)) for o, z, g in zip(optimizers, points, found)]
+
+
+def _ratio(schedule: Callable[[int], float], t: int, rescale: bool) -> float:
+    before, now = schedule(max(t - 1, 0)), schedule(t)
+    return before / now if rescale and before > 0 and now > 0 else 1.0
+
+
+def detached(
+    ranks: int, steps: int, coefficient: float, compress: Map, schedule: Callable[[int], float],
+    make: Callable[[], SGD],
+) -> FlatRun:
+    """DEF with any compressor that each rank applies alone."""
+    x = to_flat(reference.initial())
+    e, z = [np.zeros(TOTAL) for _ in range(ranks)], [x.copy() for _ in range(ranks)]
+    optimizers = [make() for _ in range(ranks)]
+    for t in range(steps):
+        p = [e[k] + u for k, u in enumerate(_updates(z, t, schedule(t), optimizers))]
+        c = [compress(p[k], t) for k in range(ranks)]
+        x = x - reference.mean(c)
+        e = [p[k] - c[k] for k in range(ranks)]
+        z = [x - coefficient * e[k] for k in range(ranks)]
+    return FlatRun(x, e, z, np.zeros(TOTAL))
+
+
+def error_feedback(
+    ranks: int, steps: int, compress: Map, schedule: Callable[[int], float], make: Callable[[], SGD],
+    rescale: bool = True,
+) -> FlatRun:
+    """EF on gradients with any compressor that each rank applies alone."""
+    x, optimizer = to_flat(reference.initial()), make()
+    e = [np.zeros(TOTAL) for _ in range(ranks)]
+    for t in range(steps):
+        r = _ratio(schedule, t, rescale)
+        p = [to_flat(g) + r * e[k] for k, g in enumerate(_gradients([x] * ranks, t))]
+        c = [compress(p[k], t) for k in range(ranks)]
+        e = [p[k] - c[k] for k in range(ranks)]
+        x = x - to_flat(optimizer.update(from_flat(x), from_flat(reference.mean(c)), schedule(t)))
+    return FlatRun(x, e, [x] * ranks, np.zeros(TOTAL))
+
+
+def dist_ef(
+    ranks: int, steps: int, up: Map, down: Map, schedule: Callable[[int], float], make: Callable[[], SGD],
+) -> FlatRun:
+    """dist-EF-blockSGDM in update units: errors of workers and server, weight decay inside the update."""
+    x, s = to_flat(reference.initial()), np.zeros(TOTAL)
+    e = [np.zeros(TOTAL) for _ in range(ranks)]
+    optimizers = [make() for _ in range(ranks)]
+    for t in range(steps):
+        p = [e[k] + u for k, u in enumerate(_updates([x] * ranks, t, schedule(t), optimizers))]
+        sent = [up(p[k], t) for k in range(ranks)]
+        e = [p[k] - sent[k] for k in range(ranks)]
+        total = reference.mean(sent) + s
+        answer = down(total, t)
+        s = total - answer
+        x = x - answer
+    return FlatRun(x, e, [x] * ranks, s)
+
+
+def liec(
+    ranks: int, steps: int, period: int, up: Map, down: Map, schedule: Callable[[int], float],
+    make: Callable[[], SGD], rescale: bool = True,
+) -> FlatRun:
+    """LIEC-SGD: the local error is applied at once, only the server's persists."""
+    z, s = [to_flat(reference.initial()) for _ in range(ranks)], np.zeros(TOTAL)
+    optimizers = [make() for _ in range(ranks)]
+    for t in range(steps):
+        s = s * _ratio(schedule, t, rescale)
+        g = [to_flat(gradient) for gradient in _gradients(z, t)]
+        if (t + 1) % period == 0:
+            z = [reference.mean(z)] * ranks
+            d = [reference.mean(g) + s] * ranks
+            s = np.zeros(TOTAL)
+        else:
+            sent = [up(g[k], t) for k in range(ranks)]
+            p = reference.mean(sent) + s
+            q = down(p, t)
+            s = p - q
+            d = [q + g[k] - sent[k] for k in range(ranks)]
+        moved = [o.update(from_flat(z[k]), from_flat(d[k]), schedule(t)) for k, o in enumerate(optimizers)]
+        z = [z[k] - to_flat(moved[k]) for k in range(ranks)]
+    return FlatRun(reference.mean(z), [np.zeros(TOTAL)] * ranks, z, s)
