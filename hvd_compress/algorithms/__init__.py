@@ -3,6 +3,8 @@
 from hvd_compress.algorithms.base import Algorithm
 from hvd_compress.algorithms.dense import Dense
 from hvd_compress.algorithms.detached import DEF
+from hvd_compress.algorithms.dist_ef import DistEF
 from hvd_compress.algorithms.error_feedback import EF
+from hvd_compress.algorithms.local_immediate import LIEC
 
-__all__ = ["Algorithm", "DEF", "Dense", "EF"]
+__all__ = ["Algorithm", "DEF", "Dense", "DistEF", "EF", "LIEC"]

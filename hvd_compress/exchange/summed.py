@@ -64,9 +64,11 @@ class SummedExchange(Exchange):
         self.codec.accumulate(self.received, target, alpha)
 
     def scatter(self, tensors: Sequence[Tensor], scale: float = 1.0) -> None:
+        wire = self.received
         if scale != 1.0:
-            self.received.mul_(scale)
-        self.codec.scatter(self.received, tensors)
+            # Not in a dtype that would round once more: nothing would keep what is lost there.
+            wire = wire.to(self.bucket.state_dtype).mul_(scale)
+        self.codec.scatter(wire, tensors)
 
     def clear(self, flat: Tensor) -> None:
         self.codec.clear(self.sent, flat)

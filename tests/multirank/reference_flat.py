@@ -204,3 +204,55 @@ def liec(
         moved = [o.update(from_flat(z[k]), from_flat(d[k]), schedule(t)) for k, o in enumerate(optimizers)]
         z = [z[k] - to_flat(moved[k]) for k in range(ranks)]
     return FlatRun(reference.mean(z), [np.zeros(TOTAL)] * ranks, z, s)
+
+
+def global_sketch(
+    ranks: int, steps: int, k: int, candidates: int, sketch: Callable[[int], tuple[Array, int]],
+    schedule: Callable[[int], float], make: Callable[[], SGD], masking: bool,
+) -> FlatRun:
+    """gs-SGD; ``sketch(step)`` gives the matrix that maps a vector to its table, and the table's rows."""
+    x = to_flat(reference.initial())
+    v, optimizers = [np.zeros(TOTAL) for _ in range(ranks)], [make() for _ in range(ranks)]
+    for t in range(steps):
+        v = [v[r] + u for r, u in enumerate(_updates([x] * ranks, t, schedule(t), optimizers))]
+        matrix, rows = sketch(t)
+        table = matrix @ reference.mean(v)
+        # In each row a coordinate has one entry, its sign, where it is counted.
+        per_row = matrix.reshape(rows, -1, TOTAL)
+        estimate = np.median(np.einsum("rcn,rc->rn", per_row, table.reshape(rows, -1)), axis=0)
+        found = np.sort(np.argsort(-np.abs(estimate), kind="stable")[: min(TOTAL, candidates * k)])
+        values = reference.mean(v)[found]
+        kept = np.argsort(-np.abs(values), kind="stable")[:k]
+        chosen = found[kept]
+        x = x.copy()
+        x[chosen] -= values[kept]
+        for r in range(ranks):
+            v[r] = v[r].copy()
+            v[r][chosen] = 0
+            if masking and optimizers[r].buffer:
+                momentum = to_flat(optimizers[r].buffer)
+                momentum[chosen] = 0
+                optimizers[r].buffer = from_flat(momentum)
+    return FlatRun(x, v, [x] * ranks, np.zeros(TOTAL))
+
+
+def global_topk(
+    ranks: int, steps: int, density: float, schedule: Callable[[int], float], make: Callable[[], SGD]
+) -> FlatRun:
+    """gTop-k; what a merge drops stays with the rank that merged."""
+    x, keep = to_flat(reference.initial()), top(density)
+    e, optimizers = [np.zeros(TOTAL) for _ in range(ranks)], [make() for _ in range(ranks)]
+    for t in range(steps):
+        p = [e[r] + u for r, u in enumerate(_updates([x] * ranks, t, schedule(t), optimizers))]
+        offers = [keep(p[r], t) for r in range(ranks)]
+        e = [p[r] - offers[r] for r in range(ranks)]
+        distance = 1
+        while distance < ranks:
+            for r in range(0, ranks, 2 * distance):
+                if r + distance < ranks:
+                    total = offers[r] + offers[r + distance]
+                    offers[r] = keep(total, t)
+                    e[r] = e[r] + total - offers[r]
+            distance *= 2
+        x = x - offers[0] / ranks
+    return FlatRun(x, e, [x] * ranks, np.zeros(TOTAL))

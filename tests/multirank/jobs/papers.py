@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Optional
+from typing import Callable, Optional
 
 import harness
 import horovod.torch as hvd
 import reference
 import reference_flat as plain
-import torch
-from common import close, flat, joined, loss_of, network, same_everywhere, train, wrap
+from comparing import STEPS, compare, keep_mass, nesterov, schedule
 
 from hvd_compress import DEF, EF, LIEC, BlockSign, Cast, Compressor, DistEF, Identity, RandomBlock, RandomK, TopK
 
 RANKS = (1, 3)
-FULL_RANKS = (2, 4, 8)
+FULL_RANKS = (2, 4)
 MPI_RANKS = (2,)
-STEPS = 100
 BLOCK, RANDOM = RandomBlock(density=1 / 4, seed=5), RandomK(density=1 / 4, seed=7)
 WHOLE = (0, plain.TOTAL)
-
-
-def momentum() -> reference.SGD:
-    return reference.SGD(0.9, 1e-2, True)
 
 
 def sign_image(block_size: Optional[int]) -> Callable[..., plain.Map]:
@@ -31,118 +25,60 @@ def sign_image(block_size: Optional[int]) -> Callable[..., plain.Map]:
 
 
 # Compressor, and the map from a flat vector to what is decoded, given the cuts and a prefix for names.
-KINDS: list[tuple[Compressor, Callable[..., plain.Map]]] = [
-    (Identity(), lambda cuts, prefix: plain.identity),
-    (BLOCK, lambda cuts, prefix: plain.selected(BLOCK.selection, cuts, prefix)),
-    (RANDOM, lambda cuts, prefix: plain.selected(RANDOM.selection, cuts, prefix)),
-    (TopK(density=0.1), lambda cuts, prefix: plain.top(0.1, cuts)),
-    (TopK(density=1.0), lambda cuts, prefix: plain.identity),
-    (BlockSign(), sign_image(None)),
-    (BlockSign(block_size=4), sign_image(4)),
-]
-
-
-def schedule(t: int) -> float:
-    return 0.02 if t < STEPS // 2 else 0.002 * (1 + t % 3)
-
-
-def run(
-    algorithm: Any, expected: plain.FlatRun, make: Callable[[], reference.SGD], tolerance: float = 1e-5,
-    coefficient: Optional[float] = None,
-) -> None:
-    """Train as the reference has been trained and compare everything there is."""
-    config = make()
-    model = network(torch.float64)
-    optimizer = wrap(
-        model,
-        torch.optim.SGD(
-            model.parameters(), lr=0.02, momentum=config.momentum, weight_decay=config.weight_decay,
-            nesterov=config.nesterov,
-        ),
-        algorithm,
-    )
-    history: list[torch.Tensor] = []
-
-    def remember(t: int) -> None:
-        with optimizer.consensus():
-            history.append(flat(model))
-
-    train(model, optimizer, STEPS, schedule, after_step=remember)
-    same_everywhere(torch.cat(history), f"x at some step with {algorithm}")
-    order = lambda v: joined(plain.from_flat(v))  # noqa: E731
-    close(flat(model), order(expected.z[hvd.rank()]), tolerance, f"z with {algorithm}")
-    close(history[-1], order(expected.x), tolerance, f"x with {algorithm}")
-    lr = 1.0 if algorithm.exchanges_updates else schedule(STEPS - 1)
-    held = reference.mean(expected.e) + expected.s
-    if isinstance(algorithm, EF):
-        return  # momentum comes after the exchange: what is held back is not yet an update
-    with optimizer.consensus("virtual"):
-        close(flat(model), order(expected.x - lr * held), tolerance, f"y with {algorithm}")
+KINDS: dict[str, tuple[Compressor, Callable[..., plain.Map]]] = {
+    "identity": (Identity(), lambda cuts, prefix: plain.identity),
+    "block": (BLOCK, lambda cuts, prefix: plain.selected(BLOCK.selection, cuts, prefix)),
+    "random": (RANDOM, lambda cuts, prefix: plain.selected(RANDOM.selection, cuts, prefix)),
+    "top": (TopK(density=0.1), lambda cuts, prefix: plain.top(0.1, cuts)),
+    "everything": (TopK(density=1.0), lambda cuts, prefix: plain.identity),
+    "signs": (BlockSign(), sign_image(None)),
+    "short signs": (BlockSign(block_size=4), sign_image(4)),
+}
 
 
 def check_error_feedback() -> None:
-    for compressor, image in KINDS:
+    for compressor, image in KINDS.values():
         for rescale in (True, False):
-            expected = plain.error_feedback(hvd.size(), STEPS, image(WHOLE, ""), schedule, momentum, rescale)
-            run(EF(compressor, rescale_residual=rescale), expected, momentum)
+            expected = plain.error_feedback(hvd.size(), STEPS, image(WHOLE, ""), schedule, nesterov, rescale)
+            compare(EF(compressor, rescale_residual=rescale), expected, nesterov)
 
 
 def check_detached() -> None:
-    for compressor, image in KINDS:
-        expected = plain.detached(hvd.size(), STEPS, 0.3, image(WHOLE, ""), schedule, momentum)
-        run(DEF(compressor, 0.3), expected, momentum)
+    for compressor, image in KINDS.values():
+        expected = plain.detached(hvd.size(), STEPS, 0.3, image(WHOLE, ""), schedule, nesterov)
+        compare(DEF(compressor, 0.3), expected, nesterov)
 
 
 def check_dist_ef() -> None:
     cuts = plain.borders(hvd.size())
-    for compressor, image in KINDS:
+    for compressor, image in KINDS.values():
         up, down = image(cuts, ""), image(cuts, "server/")
-        run(DistEF(compressor), plain.dist_ef(hvd.size(), STEPS, up, down, schedule, momentum), momentum)
-    up, down = KINDS[5][1](cuts, ""), KINDS[3][1](cuts, "server/")
-    run(DistEF(BlockSign(), TopK(0.1)), plain.dist_ef(hvd.size(), STEPS, up, down, schedule, momentum), momentum)
+        compare(DistEF(compressor), plain.dist_ef(hvd.size(), STEPS, up, down, schedule, nesterov), nesterov)
+    up, down = KINDS["signs"][1](cuts, ""), KINDS["top"][1](cuts, "server/")
+    mixed = plain.dist_ef(hvd.size(), STEPS, up, down, schedule, nesterov)
+    compare(DistEF(BlockSign(), TopK(0.1)), mixed, nesterov)
 
 
 def check_liec() -> None:
     cuts = plain.borders(hvd.size())
-    for compressor, image in KINDS:
+    for compressor, image in KINDS.values():
         up, down = image(cuts, ""), image(cuts, "server/")
-        for make, rescale in ((reference.SGD, True), (momentum, False)):
+        for make, rescale in ((reference.SGD, True), (nesterov, False)):
             expected = plain.liec(hvd.size(), STEPS, 8, up, down, schedule, make, rescale)
-            run(LIEC(compressor, 8, rescale_residual=rescale), expected, make)
+            compare(LIEC(compressor, 8, rescale_residual=rescale), expected, make)
 
 
 def check_mass() -> None:
-    """y_{t+1} = y_t - eta_t * mean of the local step directions, at every step, whatever the learning rate does."""
-    for compressor, _ in [*KINDS, (Cast(), None)]:
+    for compressor in [*(kind[0] for kind in KINDS.values()), Cast()]:
         for algorithm in (EF(compressor), DEF(compressor, 0.3), DistEF(compressor), LIEC(compressor, 8)):
-            keep_mass(algorithm)
+            # A sum of float16 payloads is rounded by the ring itself, which no rank can keep account of.
+            summed_in_half = compressor == Cast() and isinstance(algorithm, (EF, DEF)) and hvd.size() > 1
+            keep_mass(algorithm, tolerance=1e-5 if summed_in_half else 1e-12)
 
 
-def keep_mass(algorithm: Any, steps: int = 20) -> None:
-    # Momentum after the exchange (EF) or kept by models that differ (LIEC) is no part of the identity.
-    mu = 0.9 if algorithm.exchanges_updates else 0.0
-    model, twin = network(torch.float64), network(torch.float64)
-    optimizer = wrap(model, torch.optim.SGD(model.parameters(), lr=0.02, momentum=mu), algorithm)
-    with optimizer.consensus("virtual"):
-        before = flat(model)
-    for t in range(steps):
-        lr = (0.02, 0.002, 0.005)[t // 8 % 3]
-        optimizer.param_groups[0]["lr"] = lr
-        twin.load_state_dict(model.state_dict())
-        twin.zero_grad()
-        loss_of(twin, hvd.rank(), t).backward()
-        kept = [optimizer.state[p].get("momentum_buffer") for p in model.parameters()]
-        direction = torch.cat([
-            (p.grad if m is None else p.grad + mu * m).reshape(-1) for p, m in zip(twin.parameters(), kept)
-        ])
-        optimizer.zero_grad()
-        loss_of(model, hvd.rank(), t).backward()
-        optimizer.step()
-        with optimizer.consensus("virtual"):
-            after = flat(model)
-        mean = hvd.allreduce(direction, name="test.direction")
-        close(after, before - lr * mean, 1e-12, f"y at step {t} with {algorithm}")
-        before = after
+def check_mass_with_sum() -> None:
+    for algorithm in (EF(TopK(0.1)), DEF(TopK(0.1)), DEF(BLOCK), DistEF(), LIEC(averaging_period=8)):
+        keep_mass(algorithm, op=hvd.Sum)
 
 
 if __name__ == "__main__":

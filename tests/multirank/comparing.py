@@ -1,0 +1,89 @@
+"""What the jobs that compare algorithms with flat numpy references share."""
+
+from __future__ import annotations
+
+from typing import Any, Callable
+
+import horovod.torch as hvd
+import reference
+import reference_flat as plain
+import torch
+from common import close, flat, joined, loss_of, network, same_everywhere, train, wrap
+
+from hvd_compress import EF
+
+STEPS = 100
+
+
+def schedule(t: int) -> float:
+    return 0.02 if t < STEPS // 2 else 0.002 * (1 + t % 3)
+
+
+def nesterov() -> reference.SGD:
+    return reference.SGD(0.9, 1e-2, True)
+
+
+def heavy_ball() -> reference.SGD:
+    return reference.SGD(0.9, 1e-2)
+
+
+def compare(
+    algorithm: Any, expected: plain.FlatRun, make: Callable[[], reference.SGD], tolerance: float = 1e-5
+) -> Any:
+    """Train as the reference has been trained and compare everything there is; returns the optimizer."""
+    config = make()
+    model = network(torch.float64)
+    plain_sgd = torch.optim.SGD(
+        model.parameters(), lr=0.02, momentum=config.momentum, weight_decay=config.weight_decay,
+        nesterov=config.nesterov,
+    )
+    optimizer = wrap(model, plain_sgd, algorithm)
+    history: list[torch.Tensor] = []
+
+    def remember(t: int) -> None:
+        with optimizer.consensus():
+            history.append(flat(model))
+
+    train(model, optimizer, STEPS, schedule, after_step=remember)
+    same_everywhere(torch.cat(history), f"x at some step with {algorithm}")
+    close(flat(model), _ordered(expected.z[hvd.rank()]), tolerance, f"z with {algorithm}")
+    close(history[-1], _ordered(expected.x), tolerance, f"x with {algorithm}")
+    if not isinstance(algorithm, EF):  # its momentum comes after: what is held back is not yet an update
+        lr = 1.0 if algorithm.exchanges_updates else schedule(STEPS - 1)
+        held = reference.mean(expected.e) + expected.s
+        with optimizer.consensus("virtual"):
+            close(flat(model), _ordered(expected.x - lr * held), tolerance, f"y with {algorithm}")
+    return optimizer
+
+
+def _ordered(vector: Any) -> Any:
+    return joined(plain.from_flat(vector))
+
+
+def keep_mass(algorithm: Any, steps: int = 20, op: Any = hvd.Average, tolerance: float = 1e-12) -> None:
+    """Fail unless y_{t+1} = y_t - eta_t * mean of the local step directions, whatever the learning rate does."""
+    # Momentum after the exchange (EF) or kept by models that differ (LIEC) is no part of the identity.
+    mu = 0.9 if algorithm.exchanges_updates else 0.0
+    model, twin = network(torch.float64), network(torch.float64)
+    optimizer = wrap(model, torch.optim.SGD(model.parameters(), lr=0.02, momentum=mu), algorithm, op=op)
+    factor = 1 if op == hvd.Average else hvd.size()
+    with optimizer.consensus("virtual"):
+        before = flat(model)
+    for t in range(steps):
+        lr = (0.02, 0.002, 0.005)[t // 8 % 3] / factor
+        optimizer.param_groups[0]["lr"] = lr
+        twin.load_state_dict(model.state_dict())
+        twin.zero_grad()
+        loss_of(twin, hvd.rank(), t).backward()
+        kept = [optimizer.state[p].get("momentum_buffer") for p in model.parameters()]
+        direction = torch.cat([
+            (p.grad if m is None else p.grad + mu * m).reshape(-1) for p, m in zip(twin.parameters(), kept)
+        ])
+        optimizer.zero_grad()
+        loss_of(model, hvd.rank(), t).backward()
+        optimizer.step()
+        with optimizer.consensus("virtual"):
+            after = flat(model)
+        mean = hvd.allreduce(direction, name="test.direction")
+        close(after, before - lr * factor * mean, tolerance, f"y at step {t} with {algorithm}")
+        before = after
