@@ -15,7 +15,7 @@ from hvd_compress.compressors.base import Compressor, Layout, Payload, SummableC
 from hvd_compress.compressors.draws import U64, draw, kept, mix, tensor_key
 
 _I64 = npt.NDArray[np.int64]
-ROUNDS = 4
+ROUNDS = 6  # with 4 the pairs of coordinates in small tensors are visibly not uniform
 CHUNK = 2**15  # places drawn at once: what they need stays in the cache
 _HALF = np.uint64(32)
 
@@ -29,7 +29,7 @@ class RandomK(Compressor):
     memory"). The places are a pure function of (seed, tensor name, step), so no index travels and the payload
     can be summed by a ring-allreduce.
 
-    The places are the first k values of a keyed permutation of [0, n): a Feistel network of 4 rounds on
+    The places are the first k values of a keyed permutation of [0, n): a Feistel network of 6 rounds on
     Z_a x Z_b, where a = ceil(sqrt(n)) and b = ceil(n / a), that is run again from values >= n (Black &
     Rogaway 2002, "Ciphers with arbitrary finite domains"), and then rotated by a uniform distance.
 
@@ -120,9 +120,9 @@ class _Places:
         """The permutation's values; those outside, fewer than one in sqrt(n), go through it until they are inside."""
         a, b = self._a[tensor], self._b[tensor]
         x = rank // b
-        y = rank - x * b
+        y = rank - x * b  # the first ranks differ here: the first round takes its hash of y
         for index, key in enumerate(keys):
-            fixed, moved, side = (x, y, b) if index % 2 == 0 else (y, x, a)
+            fixed, moved, side = (y, x, a) if index % 2 == 0 else (x, y, b)
             hashed = mix(key[tensor] + fixed)
             # The upper half of (upper half times side): uniform in [0, side) without a division.
             hashed >>= _HALF
