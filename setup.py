@@ -18,11 +18,12 @@ setup(
     ext_modules=[
         # Optional: where it cannot be compiled the package works without it, only slower.
         Extension(
-            "hvd_compress.native._kernels",
-            ["hvd_compress/native/kernels.c"],
+            f"hvd_compress.native._{name}",
+            [f"hvd_compress/native/{name}.c"],
             extra_compile_args=["-O3", "-std=c11", "-ffp-contract=off"],
             optional=True,
         )
+        for name in ("kernels", "signs")
     ],
     python_requires=">=3.9",
     packages=find_packages(include=["hvd_compress", "hvd_compress.*"]),

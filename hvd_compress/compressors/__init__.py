@@ -11,10 +11,13 @@ from hvd_compress.compressors.base import (
     SummableCodec,
 )
 from hvd_compress.compressors.random_block import RandomBlock
+from hvd_compress.compressors.random_k import RandomK
+from hvd_compress.compressors.sign import BlockSign
+from hvd_compress.compressors.topk import TopK
 from hvd_compress.compressors.warmup import Warmup
 from hvd_compress.compressors.whole import Cast, Identity
 
 __all__ = [
-    "Cast", "Codec", "Combine", "Compressor", "Identity", "JointCodec", "Layout", "Payload", "RandomBlock",
-    "ShardedCodec", "SummableCodec", "Warmup",
+    "BlockSign", "Cast", "Codec", "Combine", "Compressor", "Identity", "JointCodec", "Layout", "Payload",
+    "RandomBlock", "RandomK", "ShardedCodec", "SummableCodec", "TopK", "Warmup",
 ]

@@ -2,41 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Sequence
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from hvd_compress import validation
 from hvd_compress.compressors.base import Compressor, Layout, Payload, SummableCodec
-
-_U64 = npt.NDArray[np.uint64]
-
-
-def tensor_key(seed: int, name: str) -> int:
-    """64-bit key of (seed, tensor name); the same in every process, whatever PYTHONHASHSEED."""
-    digest = hashlib.blake2b(f"{seed}\0{name}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
-
-
-def draw(keys: _U64, step: int) -> _U64:
-    """The ``step``-th output of a SplitMix64 generator seeded with each key: random access, no state."""
-    with np.errstate(over="ignore"):
-        z = keys + np.uint64((step + 1) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        drawn: _U64 = z ^ (z >> np.uint64(31))
-        return drawn
-
-
-def block_length(numel: int, density: float) -> int:
-    """``b = max(1, floor(numel * density))``, and 0 for an empty tensor."""
-    return max(1, math.floor(numel * density)) if numel else 0
+from hvd_compress.compressors.draws import draw, kept, tensor_key
 
 
 @dataclass(frozen=True)
@@ -72,7 +47,7 @@ class RandomBlock(Compressor):
 
     def selection(self, name: str, numel: int, step: int) -> tuple[int, int]:
         """(start, length) of the block of tensor ``name`` with ``numel`` elements at ``step``; a pure function."""
-        length = block_length(numel, self.density)
+        length = kept(numel, self.density)
         if numel == 0:
             return 0, 0
         key = np.array([tensor_key(self.seed, name)], dtype=np.uint64)
@@ -113,7 +88,7 @@ class _RandomBlockCodec(SummableCodec):
     def __init__(self, config: RandomBlock, layout: Layout, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self._n = np.array(layout.numels, dtype=np.int64)
-        self._b = np.array([block_length(n, config.density) for n in layout.numels], dtype=np.int64)
+        self._b = np.array([kept(n, config.density) for n in layout.numels], dtype=np.int64)
         self._keys = np.array([tensor_key(config.seed, name) for name in layout.names], dtype=np.uint64)
         self._modulus = np.maximum(self._n, 1).astype(np.uint64)
         self.numel = int(self._b.sum())

@@ -1,7 +1,7 @@
 """Compiled loops for CPU float32 vectors, and where they apply; torch does the rest.
 
-The extension is optional: without a C compiler the package installs and works, DEF's local pass then takes
-about twice as long. Set HVD_COMPRESS_NATIVE=0 to do without it.
+The extensions are optional: without a C compiler the package installs and works, DEF's local pass then takes
+about twice as long, and signs several times. Set HVD_COMPRESS_NATIVE=0 to do without it.
 """
 
 from __future__ import annotations
@@ -10,16 +10,21 @@ import contextlib
 import importlib
 import os
 from concurrent.futures import ThreadPoolExecutor, wait
-from typing import Any, Callable, Optional
+from typing import Any, Callable, Optional, Sequence
 
 import torch
 from torch import Tensor
 
-_kernels: Any = None
-if os.environ.get("HVD_COMPRESS_NATIVE", "1") != "0":
-    # A plain "from . import _kernels" would find the None above. Not compiled is no error: see there.
-    with contextlib.suppress(ImportError):
-        _kernels = importlib.import_module("hvd_compress.native._kernels")
+
+def load(name: str) -> Any:
+    """The compiled module ``name`` of this package, or None if it is not compiled or not wanted."""
+    if os.environ.get("HVD_COMPRESS_NATIVE", "1") != "0":
+        with contextlib.suppress(ImportError):
+            return importlib.import_module(f"hvd_compress.native.{name}")
+    return None
+
+
+_kernels: Any = load("_kernels")
 
 # Below this many elements per thread, waking a thread costs more than it saves.
 GRAIN = 2**18
@@ -29,9 +34,13 @@ _pool: Optional[ThreadPoolExecutor] = None
 
 def applies(*tensors: Tensor) -> bool:
     """Whether the compiled loops can work on these tensors: float32, contiguous, real memory of this host."""
-    return _kernels is not None and all(
-        type(t) is Tensor and t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous()
-        for t in tensors
+    return _kernels is not None and all(map(plain, tensors))
+
+
+def plain(tensor: Tensor, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether ``tensor`` is a contiguous vector of ``dtype`` in real memory of this host."""
+    return (
+        type(tensor) is Tensor and tensor.dtype == dtype and tensor.device.type == "cpu" and tensor.is_contiguous()
     )
 
 
@@ -47,22 +56,31 @@ def stand(x: Tensor, e: Tensor, coefficient: float, out: Tensor) -> None:
 
 def _in_slices(kernel: Callable[..., None], vectors: tuple[Tensor, ...], numbers: tuple[float, ...]) -> None:
     """Run ``kernel`` on as many slices as torch has threads, if the vectors are long enough."""
-    global _pool
     n = vectors[0].numel()
     if any(v.numel() != n for v in vectors):
         raise ValueError(f"vectors of different lengths: {[v.numel() for v in vectors]}")
     addresses = [v.data_ptr() for v in vectors]
+    borders = bounds(n)
+    in_threads(kernel, [
+        (*(address + a * _FLOAT for address in addresses), b - a, *numbers) for a, b in zip(borders, borders[1:])
+    ])
+
+
+def bounds(n: int, multiple: int = 1) -> list[int]:
+    """Where to cut ``n`` elements into a slice per thread, at multiples of ``multiple``: from 0 to ``n``."""
     threads = max(1, min(torch.get_num_threads(), n // GRAIN))
-    if threads == 1:
-        kernel(*addresses, n, *numbers)
+    return [k * n // threads // multiple * multiple for k in range(threads)] + [n]
+
+
+def in_threads(kernel: Callable[..., None], calls: Sequence[tuple[Any, ...]]) -> None:
+    """Call ``kernel`` with each of the arguments, at the same time."""
+    global _pool
+    if len(calls) == 1:
+        kernel(*calls[0])
         return
     if _pool is None:
         _pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="hvd_compress")
-    bounds = [k * n // threads for k in range(threads + 1)]
-    jobs = [
-        _pool.submit(kernel, *(address + a * _FLOAT for address in addresses), b - a, *numbers)
-        for a, b in zip(bounds, bounds[1:])
-    ]
+    jobs = [_pool.submit(kernel, *arguments) for arguments in calls]
     wait(jobs)
     for job in jobs:
         job.result()

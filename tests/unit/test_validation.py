@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import hvd_compress
-from hvd_compress import DEF, EF, Cast, Compression, Dense, Identity, RandomBlock
+from hvd_compress import DEF, EF, BlockSign, Cast, Compression, Dense, Identity, RandomBlock, RandomK, TopK
 from hvd_compress.algorithms.base import require_combining
 from hvd_compress.compressors import Combine
 
@@ -23,6 +23,10 @@ NOT_COMPRESSORS = [None, 0.01, "RandomBlock", RandomBlock, Compression.fp16, Den
 WRONG: list[tuple[Any, str, Any]] = [
     *((RandomBlock, "density", v) for v in (*NUMBERS, 0, 0.0, -0.5, 2, 1.0000001, 100)),
     *((RandomBlock, "seed", v) for v in (*NOT_INTEGERS, -1)),
+    *((kind, "density", v) for kind in (RandomK, TopK) for v in (*NUMBERS, 0, -0.5, 1.0000001)),
+    *((RandomK, "seed", v) for v in (*NOT_INTEGERS, -1)),
+    *((TopK, "sampled", v) for v in (0, 1, None, "yes")),
+    *((BlockSign, "block_size", v) for v in (1.5, math.nan, "1", True, False, 0, -3)),
     *((Cast, "dtype", v) for v in (torch.bfloat16, torch.float64, torch.int8, "float16", None, 16)),
     *((EF, "compressor", v) for v in NOT_COMPRESSORS),
     *((DEF, "compressor", v) for v in NOT_COMPRESSORS),
@@ -38,6 +42,13 @@ RIGHT: list[tuple[Any, dict[str, Any]]] = [
     (RandomBlock, {"density": 1, "seed": 2**100}),
     (RandomBlock, {"density": 1e-9}),
     (RandomBlock, {"density": Fraction(1, 64)}),
+    (RandomK, {}),
+    (RandomK, {"density": Fraction(1, 128), "seed": 2**100}),
+    (TopK, {}),
+    (TopK, {"density": 1, "sampled": True}),
+    (BlockSign, {}),
+    (BlockSign, {"block_size": 1}),
+    (BlockSign, {"block_size": 2**40}),
     (Identity, {}),
     (Cast, {}),
     (Cast, {"dtype": torch.float32}),
@@ -97,6 +108,8 @@ def test_repr_builds_the_same_value(kind: Any, arguments: dict[str, Any]) -> Non
 def test_different_values_are_not_equal() -> None:
     different = [
         RandomBlock(), RandomBlock(density=0.5), RandomBlock(seed=1), Identity(), Cast(), Cast(torch.float32),
+        RandomK(), RandomK(density=0.5), RandomK(seed=1), TopK(), TopK(density=0.5), TopK(sampled=True), BlockSign(),
+        BlockSign(64), BlockSign(1),
         Dense(), Dense(wire=Cast()), EF(BLOCK), EF(Identity()), EF(BLOCK, rescale_residual=False), DEF(BLOCK),
         DEF(BLOCK, coefficient=0.2), DEF(BLOCK, coefficient="auto"), DEF(BLOCK, local_steps=2),
         DEF(BLOCK, rescale_residual=False), DEF(RandomBlock(seed=1)),
@@ -109,6 +122,9 @@ def test_different_values_are_not_equal() -> None:
 
 def test_defaults_are_the_documented_ones() -> None:
     assert RandomBlock() == RandomBlock(density=1 / 64, seed=0)
+    assert RandomK() == RandomK(density=1 / 100, seed=0)
+    assert TopK() == TopK(density=1 / 100, sampled=False)
+    assert BlockSign() == BlockSign(block_size=None)
     assert Cast() == Cast(dtype=torch.float16)
     assert EF(BLOCK) == EF(BLOCK, rescale_residual=True)
     assert DEF(BLOCK) == DEF(BLOCK, coefficient=0.3, local_steps=1, rescale_residual=True)

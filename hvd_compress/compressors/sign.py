@@ -1,0 +1,236 @@
+"""Scaled signs: one bit per element, and per block the mean of its absolute values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Optional, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from hvd_compress import validation
+from hvd_compress.compressors.base import Codec, Combine, Compressor, Layout, Payload, ShardedCodec, pieces
+from hvd_compress.native import signs as native
+
+_I64 = npt.NDArray[np.int64]
+# A bool is a byte of 0 or 1, so eight of them are one int64. Times _GATHER its top byte has their bits; times
+# _SPREAD a byte is copied eight times, of which _EACH keeps one bit each.
+_GATHER, _SPREAD, _EACH = 0x0102040810204080, 0x0101010101010101, -0x7FBFDFEFF7FBFDFF
+
+
+@dataclass(frozen=True)
+class BlockSign(Compressor):
+    """Send the sign of every element and one scale per block.
+
+    A block v of n elements becomes ``C(v) = ||v||_1 / n * sign(v)`` with ``sign(v_i) = +1`` if ``v_i >= 0``
+    (so also for 0.0 and -0.0) and -1 otherwise (Bernstein et al. 2018; scaled as by Karimireddy et al. 2019,
+    "Error feedback fixes SignSGD"). Then
+
+        ``||v - C(v)||_2^2 = (1 - ||v||_1^2 / (n ||v||_2^2)) ||v||_2^2``,
+
+    at most ``(1 - 1/n) ||v||_2^2``, and about ``0.36 ||v||_2^2`` where v is normally distributed. A block of
+    zeros is sent as zeros. One nan or inf makes the scale nan or inf, and shows in its whole block.
+
+    A tensor of n elements takes ``ceil(n / 8)`` bytes of bits (element i is bit i % 8 of byte i // 8) and then
+    one float32 for each block.
+
+    Args:
+        block_size: elements per block, >= 1; blocks run along each flattened tensor, and its last one may be
+            shorter. None: each tensor is one block.
+
+    Raises:
+        ValueError: if ``block_size`` is neither None nor an integer >= 1.
+    """
+
+    combine: ClassVar[Combine] = Combine.GATHER
+    block_size: Optional[int] = None
+
+    def __post_init__(self) -> None:
+        if self.block_size is not None:
+            validation.integer("BlockSign", "block_size (elements that share a scale, or None)", self.block_size, 1)
+            object.__setattr__(self, "block_size", int(self.block_size))
+
+    @property
+    def fraction(self) -> float:
+        return 1 / 32 + (1 / self.block_size if self.block_size else 0.0)
+
+    def encode(self, tensor: Tensor, name: str = "", step: int = 0) -> Payload:
+        """Bits, then the scales' bytes, as torch.uint8."""
+        flat = tensor.detach().reshape(-1).contiguous()
+        if flat.dtype not in (torch.float32, torch.float64):
+            flat = flat.float()
+        blocks = self._blocks((flat.numel(),), flat.dtype, flat.device)
+        bits, scales = blocks.payload(flat.device)
+        blocks.pack(flat, bits, scales)
+        return Payload(torch.cat((bits, scales.view(torch.uint8))), tensor.shape, tensor.dtype)
+
+    def decode(self, payload: Payload) -> Tensor:
+        """``scale * sign``, computed in float32 (float64 for float64) and rounded to the tensor's dtype."""
+        wide = torch.promote_types(payload.dtype, torch.float32)
+        flat = payload.values.new_zeros(payload.shape.numel(), dtype=wide)
+        blocks = self._blocks((flat.numel(),), wide, flat.device)
+        bits, scales = payload.values.tensor_split((blocks.nbytes,))
+        blocks.add(bits, scales.clone().view(torch.float32), flat, 1.0)  # a view must be aligned
+        return flat.to(payload.dtype).view(payload.shape)
+
+    def codec(self, layout: Layout, dtype: torch.dtype, device: torch.device) -> Codec:
+        return _SignCodec(self._blocks(layout.numels, dtype, device))
+
+    def sharded(
+        self, layout: Layout, borders: Sequence[int], dtype: torch.dtype, device: torch.device
+    ) -> ShardedCodec:
+        """Shards whose scales are those of whole blocks, also of blocks that a border cuts."""
+        return _ShardedSigns(self._blocks(layout.numels, dtype, device), borders, device)
+
+    def _blocks(self, numels: Sequence[int], dtype: torch.dtype, device: torch.device) -> _Blocks:
+        return _Blocks(block_lengths(numels, self.block_size), self.block_size is None, dtype, device)
+
+
+def block_lengths(numels: Sequence[int], block_size: Optional[int]) -> _I64:
+    """Lengths of all blocks of tensors with these numbers of elements, in their order."""
+    n = np.array([numel for numel in numels if numel], dtype=np.int64)
+    if block_size is None:
+        return n
+    counts = -(-n // block_size)
+    lengths = np.full(counts.sum(), block_size, dtype=np.int64)
+    lengths[np.cumsum(counts) - 1] = n - (counts - 1) * block_size
+    return lengths
+
+
+class _Blocks:
+    """Consecutive blocks of a flat vector: their signs and scales, and back.
+
+    Attributes:
+        numel: elements of the flat vector.
+        nbytes: bytes of its packed signs.
+        count: number of blocks.
+    """
+
+    def __init__(self, lengths: _I64, long: bool, dtype: torch.dtype, device: torch.device) -> None:
+        self.lengths = lengths
+        self.ends: _I64 = np.cumsum(lengths, dtype=np.int64)
+        self.numel, self.count = int(lengths.sum()), len(lengths)
+        self.nbytes = -(-self.numel // 8)
+        self._long = long  # few and long, one by one; or many and short
+        self._lengths = torch.tensor(lengths.tolist(), dtype=torch.int64, device=device)
+        self._dtype, self._device = dtype, device
+        self._scratch: Optional[tuple[Tensor, Tensor, Tensor]] = None
+
+    def cut(self, start: int, stop: int) -> tuple[_Blocks, int, int]:
+        """The blocks of ``flat[start:stop]``, and which of these they are: first, last + 1."""
+        if start == stop:
+            return _Blocks(self.lengths[:0], self._long, self._dtype, self._device), 0, 0
+        first = int(np.searchsorted(self.ends, start, side="right"))
+        last = int(np.searchsorted(self.ends, stop, side="left")) + 1
+        ends = np.minimum(self.ends[first:last], stop)
+        lengths = np.diff(ends, prepend=start)
+        return _Blocks(lengths, self._long, self._dtype, self._device), first, last
+
+    def payload(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Memory for bits and scales."""
+        bits = torch.empty(self.nbytes, dtype=torch.uint8, device=device)
+        return bits, torch.empty(self.count, dtype=torch.float32, device=device)
+
+    def pack(self, flat: Tensor, bits: Tensor, scales: Tensor) -> None:
+        """Write the signs of ``flat`` and the mean absolute value of each block."""
+        if not self.count:
+            return
+        if native.applies(flat, bits):
+            np.divide(native.pack(flat, bits, self.ends), self.lengths, out=scales.numpy(), casting="same_kind")
+            return
+        signs, words, values = self._buffers()
+        torch.ge(flat, 0, out=signs[: self.numel])
+        torch.mul(signs.view(torch.int64), _GATHER, out=words)
+        bits.copy_(words.bitwise_right_shift_(56))  # the conversion keeps the low byte
+        if self._long:
+            sums = torch.stack(torch._foreach_norm(list(pieces(flat, self.lengths.tolist())), 1))
+        else:
+            torch.abs(flat, out=values)
+            # Unchecked: a check of the lengths would have to wait for the device.
+            sums = torch.segment_reduce(values, "sum", lengths=self._lengths, unsafe=True)
+        scales.copy_(sums.div_(self._lengths))
+
+    def add(self, bits: Tensor, scales: Tensor, flat: Tensor, alpha: float) -> None:
+        """``flat += alpha * scale * sign``."""
+        if not self.count:
+            return
+        if native.applies(flat, bits):
+            native.add(bits, flat, self.ends, scales.numpy() * np.float32(alpha))
+            return
+        signs, words, values = self._buffers()
+        words.copy_(bits).mul_(_SPREAD).bitwise_and_(_EACH)
+        torch.ne(words.view(torch.uint8), 0, out=signs)
+        values.copy_(signs[: self.numel]).mul_(2).sub_(1)
+        factors = scales.to(values.dtype) * alpha
+        if self._long:
+            torch._foreach_mul_(list(pieces(values, self.lengths.tolist())), list(factors.unbind()))
+        else:
+            values.mul_(torch.repeat_interleave(factors, self._lengths, output_size=self.numel))
+        flat.add_(values)
+
+    def _buffers(self) -> tuple[Tensor, Tensor, Tensor]:
+        """A bool and an int64 for each sign and each eight, and a number for each element; kept."""
+        if self._scratch is None:
+            self._scratch = (
+                torch.zeros(8 * self.nbytes, dtype=torch.bool, device=self._device),
+                torch.empty(self.nbytes, dtype=torch.int64, device=self._device),
+                torch.empty(self.numel, dtype=self._dtype, device=self._device),
+            )
+        return self._scratch
+
+
+class _SignCodec(Codec):
+    """The signs of a bucket, zeros up to a multiple of 4 bytes, the scales, zeros up to a multiple of 8."""
+
+    dtype = torch.uint8
+
+    def __init__(self, blocks: _Blocks) -> None:
+        self._blocks = blocks
+        self._scales_at = -(-blocks.nbytes // 4) * 4
+        self._end = self._scales_at + 4 * blocks.count
+        self.numel = -(-self._end // 8) * 8
+
+    def _parts(self, wire: Tensor) -> tuple[Tensor, Tensor]:
+        return wire[: self._blocks.nbytes], wire[self._scales_at : self._end].view(torch.float32)
+
+    def _pad(self, wire: Tensor) -> None:
+        wire[self._blocks.nbytes : self._scales_at].zero_()
+        wire[self._end :].zero_()
+
+    def encode(self, flat: Tensor, wire: Tensor) -> None:
+        self._pad(wire)
+        self._blocks.pack(flat, *self._parts(wire))
+
+    def fill(self, wire: Tensor, bits: Tensor, scales: Tensor) -> None:
+        """Write signs and scales that are there already."""
+        self._pad(wire)
+        own_bits, own_scales = self._parts(wire)
+        own_bits.copy_(bits)
+        own_scales.copy_(scales)
+
+    def accumulate(self, wire: Tensor, flat: Tensor, alpha: float) -> None:
+        self._blocks.add(*self._parts(wire), flat, alpha)
+
+
+class _ShardedSigns(ShardedCodec):
+    """Signs and scales are taken once, of the whole vector; each message has those that its shard needs."""
+
+    def __init__(self, blocks: _Blocks, borders: Sequence[int], device: torch.device) -> None:
+        if any(border % 8 and border != blocks.numel for border in borders):
+            raise ValueError(f"borders={list(borders)!r} are not allowed; they must be multiples of 8 or the end")
+        self._whole = blocks
+        self._bits, self._scales = blocks.payload(device)
+        cuts = [blocks.cut(start, stop) for start, stop in zip(borders, borders[1:])]
+        self._signs = [_SignCodec(part) for part, _, _ in cuts]
+        self._places = [
+            (slice(start // 8, start // 8 + part.nbytes), slice(first, last))
+            for start, (part, first, last) in zip(borders, cuts)
+        ]
+        super().__init__(self._signs, borders)
+
+    def encode(self, flat: Tensor, wires: Sequence[Tensor]) -> None:
+        self._whole.pack(flat, self._bits, self._scales)
+        for codec, wire, (of_bits, of_scales) in zip(self._signs, wires, self._places):
+            codec.fill(wire, self._bits[of_bits], self._scales[of_scales])

@@ -1,0 +1,65 @@
+"""Compiled loops for the one-bit signs of CPU float32 vectors, see ``compressors.sign``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from hvd_compress import native
+
+_signs: Any = native.load("_signs")
+
+_I64 = npt.NDArray[np.int64]
+
+
+def applies(flat: Tensor, bits: Tensor) -> bool:
+    """Whether the compiled loops can work on this float32 vector and these bytes of signs."""
+    return _signs is not None and native.plain(flat) and native.plain(bits, torch.uint8)
+
+
+def pack(flat: Tensor, bits: Tensor, ends: _I64) -> npt.NDArray[np.float64]:
+    """Write the bits ``flat >= 0`` and return the sum of absolute values of each block.
+
+    Args:
+        flat: float32, n elements; ``applies`` to it and to ``bits``.
+        bits: uint8, ceil(n / 8) elements; element i becomes bit i % 8 of byte i // 8, unused bits 0.
+        ends: where the blocks end, ascending; the last one at n.
+    """
+    borders = _borders(flat, bits, ends)
+    partial = np.zeros((len(borders) - 1, len(ends)))
+    native.in_threads(_signs.pack, [
+        (flat.data_ptr(), bits.data_ptr(), ends.ctypes.data, row.ctypes.data, len(ends), start, stop)
+        for row, start, stop in zip(partial, borders, borders[1:])
+    ])  # fmt: skip
+    sums: npt.NDArray[np.float64] = partial.sum(axis=0)
+    return sums
+
+
+def add(bits: Tensor, flat: Tensor, ends: _I64, factors: npt.NDArray[np.float32]) -> None:
+    """``flat += factors[b]`` where the bit is 1, ``flat -= factors[b]`` where it is 0, in each block b.
+
+    Args:
+        bits, flat, ends: as for ``pack``.
+        factors: one per block.
+    """
+    borders = _borders(flat, bits, ends)
+    if len(factors) != len(ends) or not factors.flags.c_contiguous or factors.dtype != np.float32:
+        raise ValueError(f"{len(ends)} float32 factors wanted, not {factors.dtype} {factors.shape}")
+    native.in_threads(_signs.add, [
+        (bits.data_ptr(), flat.data_ptr(), ends.ctypes.data, factors.ctypes.data, len(ends), start, stop)
+        for start, stop in zip(borders, borders[1:])
+    ])  # fmt: skip
+
+
+def _borders(flat: Tensor, bits: Tensor, ends: _I64) -> list[int]:
+    """Slices for the threads, at whole bytes; raises ValueError where the lengths do not fit: C would not."""
+    n = flat.numel()
+    if bits.numel() != (n + 7) // 8 or ends.dtype != np.int64 or not ends.flags.c_contiguous:
+        raise ValueError(f"{bits.numel()} bytes for {n} signs, ends of blocks {ends.dtype}")
+    if (int(ends[-1]) if len(ends) else 0) != n:
+        raise ValueError(f"blocks end at {ends[-1:]}, the vector at {n}")
+    return native.bounds(n, 8)
