@@ -6,6 +6,7 @@ from setuptools import Extension, find_packages, setup
 
 here = Path(__file__).parent
 examples = ["scikit-learn>=1.0", "matplotlib>=3.5", "tqdm>=4.60"]
+flags = ["-O3", "-std=c11", "-ffp-contract=off"]
 test = ["pytest>=7.0", "hypothesis>=6.50", *examples]
 
 setup(
@@ -20,9 +21,16 @@ setup(
         Extension(
             "hvd_compress.native._kernels",
             ["hvd_compress/native/kernels.c"],
-            extra_compile_args=["-O3", "-std=c11", "-ffp-contract=off"],
+            extra_compile_args=flags,
             optional=True,
-        )
+        ),
+        Extension(
+            "hvd_compress.native._sketch",
+            ["hvd_compress/native/sketch.c", "hvd_compress/native/sketch_largest.c"],
+            depends=["hvd_compress/native/sketch.h"],
+            extra_compile_args=flags,
+            optional=True,
+        ),
     ],
     python_requires=">=3.9",
     packages=find_packages(include=["hvd_compress", "hvd_compress.*"]),

@@ -2,13 +2,13 @@
 
 from hvd_compress.algorithms import DEF, EF, Algorithm, Dense
 from hvd_compress.collectives import Adasum, Average, Compression, ProcessSet, Sum, global_process_set
-from hvd_compress.compressors import Cast, Compressor, Identity, RandomBlock
+from hvd_compress.compressors import Cast, Compressor, CountSketch, Identity, RandomBlock
 from hvd_compress.optimizer import DistributedOptimizer
 from hvd_compress.telemetry import Stats
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "Adasum", "Algorithm", "Average", "Cast", "Compression", "Compressor", "DEF", "Dense", "DistributedOptimizer",
-    "EF", "Identity", "ProcessSet", "RandomBlock", "Stats", "Sum", "global_process_set",
+    "Adasum", "Algorithm", "Average", "Cast", "Compression", "Compressor", "CountSketch", "DEF", "Dense",
+    "DistributedOptimizer", "EF", "Identity", "ProcessSet", "RandomBlock", "Stats", "Sum", "global_process_set",
 ]

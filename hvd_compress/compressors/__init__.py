@@ -10,10 +10,11 @@ from hvd_compress.compressors.base import (
     ShardedCodec,
     SummableCodec,
 )
+from hvd_compress.compressors.count_sketch import CountSketch, CountSketchCodec
 from hvd_compress.compressors.random_block import RandomBlock
 from hvd_compress.compressors.whole import Cast, Identity
 
 __all__ = [
-    "Cast", "Codec", "Combine", "Compressor", "Identity", "JointCodec", "Layout", "Payload", "RandomBlock",
-    "ShardedCodec", "SummableCodec",
+    "Cast", "Codec", "Combine", "Compressor", "CountSketch", "CountSketchCodec", "Identity", "JointCodec", "Layout",
+    "Payload", "RandomBlock", "ShardedCodec", "SummableCodec",
 ]
