@@ -11,10 +11,11 @@ from hvd_compress.compressors.base import (
     SummableCodec,
 )
 from hvd_compress.compressors.count_sketch import CountSketch, CountSketchCodec
+from hvd_compress.compressors.low_rank import LowRank, LowRankCodec
 from hvd_compress.compressors.random_block import RandomBlock
 from hvd_compress.compressors.whole import Cast, Identity
 
 __all__ = [
     "Cast", "Codec", "Combine", "Compressor", "CountSketch", "CountSketchCodec", "Identity", "JointCodec", "Layout",
-    "Payload", "RandomBlock", "ShardedCodec", "SummableCodec",
+    "LowRank", "LowRankCodec", "Payload", "RandomBlock", "ShardedCodec", "SummableCodec",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hvd_compress.compressors import CountSketch, Layout
+from hvd_compress.compressors import Compressor, CountSketch, Layout, LowRank
 from tests.unit.test_devices import DEVICE, Accelerator, accelerator
 
 __all__ = ["accelerator"]  # the fixture
@@ -42,9 +42,25 @@ def test_a_count_sketch_is_few_operations(accelerator: Accelerator) -> None:
     assert accelerator.operations - before < 2000
 
 
-@pytest.mark.parametrize("compressor", [CountSketch(density=0.3)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rank", [1, 2, 9])
+def test_low_rank(accelerator: Accelerator, rank: int, dtype: torch.dtype) -> None:
+    codec = LowRank(rank).codec(LAYOUT, dtype, DEVICE)
+    flat = torch.zeros(LAYOUT.total, dtype=dtype, device=DEVICE)
+    for step in range(3):
+        codec.begin(step)
+        for index, numel in enumerate(codec.numels):
+            wire = torch.zeros(numel, dtype=codec.dtype, device=DEVICE)
+            codec.encode(index, flat, wire)
+            codec.receive(index, wire)
+        codec.accumulate(flat, -0.5)
+        assert {t.device for t in codec.memory()["warm"]} == {DEVICE}
+    codec.reset()
+
+
+@pytest.mark.parametrize("compressor", [CountSketch(density=0.3), LowRank(1), LowRank(9)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_tensors_one_by_one(accelerator: Accelerator, compressor: CountSketch, dtype: torch.dtype) -> None:
+def test_tensors_one_by_one(accelerator: Accelerator, compressor: Compressor, dtype: torch.dtype) -> None:
     for shape in SHAPES:
         decoded = compressor.decode(compressor.encode(torch.zeros(shape, dtype=dtype, device=DEVICE), "w", 1))
         assert (decoded.shape, decoded.dtype, decoded.device) == (shape, dtype, DEVICE)
