@@ -6,6 +6,8 @@ from setuptools import Extension, find_packages, setup
 
 here = Path(__file__).parent
 examples = ["scikit-learn>=1.0", "matplotlib>=3.5", "tqdm>=4.60"]
+kernels = {"kernels": ["kernels"], "signs": ["signs"], "sketch": ["sketch", "sketch_largest"]}
+flags = ["-O3", "-std=c11", "-ffp-contract=off"]
 test = ["pytest>=7.0", "hypothesis>=6.50", *examples]
 
 setup(
@@ -19,11 +21,12 @@ setup(
         # Optional: where it cannot be compiled the package works without it, only slower.
         Extension(
             f"hvd_compress.native._{name}",
-            [f"hvd_compress/native/{name}.c"],
-            extra_compile_args=["-O3", "-std=c11", "-ffp-contract=off"],
+            [f"hvd_compress/native/{source}.c" for source in sources],
+            depends=["hvd_compress/native/sketch.h"],
+            extra_compile_args=flags,
             optional=True,
         )
-        for name in ("kernels", "signs")
+        for name, sources in kernels.items()
     ],
     python_requires=">=3.9",
     packages=find_packages(include=["hvd_compress", "hvd_compress.*"]),

@@ -1,8 +1,19 @@
 """Compressed data-parallel training for Horovod: replace ``hvd.DistributedOptimizer``, keep the script."""
 
-from hvd_compress.algorithms import DEF, EF, LIEC, Algorithm, Dense, DistEF
+from hvd_compress.algorithms import DEF, EF, LIEC, Algorithm, Dense, DistEF, GlobalSketch, GlobalTopK
 from hvd_compress.collectives import Adasum, Average, Compression, ProcessSet, Sum, global_process_set
-from hvd_compress.compressors import BlockSign, Cast, Compressor, Identity, RandomBlock, RandomK, TopK, Warmup
+from hvd_compress.compressors import (
+    BlockSign,
+    Cast,
+    Compressor,
+    CountSketch,
+    Identity,
+    LowRank,
+    RandomBlock,
+    RandomK,
+    TopK,
+    Warmup,
+)
 from hvd_compress.optimizer import DistributedOptimizer
 from hvd_compress.policy import Policy
 from hvd_compress.telemetry import Stats
@@ -10,7 +21,7 @@ from hvd_compress.telemetry import Stats
 __version__ = "0.1.0"
 
 __all__ = [
-    "Adasum", "Algorithm", "Average", "BlockSign", "Cast", "Compression", "Compressor", "DEF", "Dense", "DistEF",
-    "DistributedOptimizer", "EF", "Identity", "LIEC", "Policy", "ProcessSet", "RandomBlock", "RandomK", "Stats", "Sum",
-    "TopK", "Warmup", "global_process_set",
+    "Adasum", "Algorithm", "Average", "BlockSign", "Cast", "Compression", "Compressor", "CountSketch", "DEF", "Dense",
+    "DistEF", "DistributedOptimizer", "EF", "GlobalSketch", "GlobalTopK", "Identity", "LIEC", "LowRank", "Policy",
+    "ProcessSet", "RandomBlock", "RandomK", "Stats", "Sum", "TopK", "Warmup", "global_process_set",
 ]

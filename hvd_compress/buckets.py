@@ -44,7 +44,7 @@ class Bucket:
         dtype: dtype of parameters and gradients.
         state_dtype: dtype of residuals and shared copies: float32, or float64 for float64 parameters.
         device: where they live.
-        layout: names and sizes along the flat vector.
+        layout: names, sizes and memory-order shapes along the flat vector.
         group: parameter-group index if all entries agree on it, else -1.
     """
 
@@ -55,7 +55,11 @@ class Bucket:
         self.dtype = self.parameters[0].dtype
         self.state_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
         self.device = self.parameters[0].device
-        self.layout = Layout(tuple(e.name for e in entries), tuple(p.numel() for p in self.parameters))
+        self.layout = Layout(
+            tuple(e.name for e in entries),
+            tuple(p.numel() for p in self.parameters),
+            tuple(_memory_shape(p) for p in self.parameters),
+        )
         groups = {entry.group for entry in entries}
         self.group = groups.pop() if len(groups) == 1 else -1
 
@@ -77,16 +81,35 @@ class Bucket:
             parameter.data = view
 
 
-def _like(part: Tensor, parameter: Tensor) -> Tensor:
-    """View of the contiguous ``part`` with the parameter's shape, and its strides if these leave no gaps."""
-    # Same strides keep memory formats such as channels_last; elementwise operations run at full speed.
+def _gapless(parameter: Tensor) -> bool:
+    """Whether the strides are those of a contiguous tensor up to the order of its dimensions."""
     expected = 1
     for stride, size in sorted(zip(parameter.stride(), parameter.shape)):
         if size > 1:
             if stride != expected:
-                return part.view(parameter.shape)
+                return False
             expected *= size
-    return part.as_strided(parameter.shape, parameter.stride())
+    return True
+
+
+def _like(part: Tensor, parameter: Tensor) -> Tensor:
+    """View of the contiguous ``part`` with the parameter's shape, and its strides if these leave no gaps."""
+    # Same strides keep memory formats such as channels_last; elementwise operations run at full speed.
+    if _gapless(parameter):
+        return part.as_strided(parameter.shape, parameter.stride())
+    return part.view(parameter.shape)
+
+
+def _memory_shape(parameter: Tensor) -> tuple[int, ...]:
+    """The shape in which a piece of the flat vector is row-major: sizes in the order of ``_like``'s strides.
+
+    Channels-last weights (O, I, H, W) give (O, H, W, I). Dimensions of one element, whose strides mean
+    nothing, keep their place only where the parameter is contiguous.
+    """
+    if parameter.is_contiguous() or not _gapless(parameter):
+        return tuple(parameter.shape)
+    order = sorted(zip(parameter.stride(), parameter.shape), reverse=True)
+    return tuple(size for _, size in order if size > 1)
 
 
 def build(

@@ -119,7 +119,7 @@ fi
 
 # --- this package -----------------------------------------------------------------------------------
 stamp=$VENV/.installed-$EXTRAS
-if [ ! -e "$stamp" ] || [ -n "$(find "$root/setup.py" "$root"/hvd_compress/native/*.c -newer "$stamp")" ]; then
+if [ ! -e "$stamp" ] || [ -n "$(find "$root/setup.py" "$root"/hvd_compress/native/*.[ch] -newer "$stamp")" ]; then
   say "installing hvd_compress (editable) with extras: $EXTRAS"
   step "pip could not install the package" pip install --no-build-isolation -e "$root[$EXTRAS]"
   touch "$stamp"

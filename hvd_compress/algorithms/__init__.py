@@ -5,6 +5,8 @@ from hvd_compress.algorithms.dense import Dense
 from hvd_compress.algorithms.detached import DEF
 from hvd_compress.algorithms.dist_ef import DistEF
 from hvd_compress.algorithms.error_feedback import EF
+from hvd_compress.algorithms.global_topk import GlobalTopK
 from hvd_compress.algorithms.local_immediate import LIEC
+from hvd_compress.algorithms.sketched import GlobalSketch
 
-__all__ = ["Algorithm", "DEF", "Dense", "DistEF", "EF", "LIEC"]
+__all__ = ["Algorithm", "DEF", "Dense", "DistEF", "EF", "GlobalSketch", "GlobalTopK", "LIEC"]

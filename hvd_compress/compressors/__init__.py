@@ -10,6 +10,8 @@ from hvd_compress.compressors.base import (
     ShardedCodec,
     SummableCodec,
 )
+from hvd_compress.compressors.count_sketch import CountSketch, CountSketchCodec
+from hvd_compress.compressors.low_rank import LowRank, LowRankCodec
 from hvd_compress.compressors.random_block import RandomBlock
 from hvd_compress.compressors.random_k import RandomK
 from hvd_compress.compressors.sign import BlockSign
@@ -18,6 +20,7 @@ from hvd_compress.compressors.warmup import Warmup
 from hvd_compress.compressors.whole import Cast, Identity
 
 __all__ = [
-    "BlockSign", "Cast", "Codec", "Combine", "Compressor", "Identity", "JointCodec", "Layout", "Payload",
-    "RandomBlock", "RandomK", "ShardedCodec", "SummableCodec", "TopK", "Warmup",
+    "BlockSign", "Cast", "Codec", "Combine", "Compressor", "CountSketch", "CountSketchCodec", "Identity", "JointCodec",
+    "Layout", "LowRank", "LowRankCodec", "Payload", "RandomBlock", "RandomK", "ShardedCodec", "SummableCodec", "TopK",
+    "Warmup",
 ]

@@ -22,27 +22,36 @@ class Layout(NamedTuple):
     Attributes:
         names: the parameters' names, which seed what is drawn for them.
         numels: their numbers of elements, in the same order.
+        shapes: their dimensions, outermost in memory first (row-major over the tensor's piece of the flat
+            vector); () if no tensor has more than one.
     """
 
     names: tuple[str, ...]
     numels: tuple[int, ...]
+    shapes: tuple[tuple[int, ...], ...] = ()
 
     @property
     def total(self) -> int:
         """Length of the flat vector."""
         return sum(self.numels)
 
+    def dimensions(self) -> tuple[tuple[int, ...], ...]:
+        """``shapes``, or one-dimensional ones where none are given."""
+        return self.shapes or tuple((numel,) for numel in self.numels)
+
     def cut(self, start: int, stop: int) -> Layout:
         """The part of the flat vector from ``start`` to ``stop``: tensors cut by the borders become shorter
-        ones with names of their own, so that what is drawn for the parts is independent."""
-        names, numels, begin = [], [], 0
-        for name, numel in zip(self.names, self.numels):
+        ones with names of their own, so that what is drawn for the parts is independent, and of one dimension."""
+        names, numels, shapes, begin = [], [], [], 0
+        for name, numel, shape in zip(self.names, self.numels, self.dimensions()):
             low, high = max(start, begin), min(stop, begin + numel)
             if low < high:
-                names.append(name if high - low == numel else f"{name}@{low - begin}")
+                whole = high - low == numel
+                names.append(name if whole else f"{name}@{low - begin}")
                 numels.append(high - low)
+                shapes.append(shape if whole else (high - low,))
             begin += numel
-        return Layout(tuple(names), tuple(numels))
+        return Layout(tuple(names), tuple(numels), tuple(shapes) if self.shapes else ())
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Sequence
+from typing import Any, ClassVar, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +41,7 @@ class RandomK(Compressor):
         ValueError: if an argument is out of range.
     """
 
+    selects: ClassVar[bool] = True
     density: float = 1 / 100
     seed: int = 0
 
@@ -168,6 +169,9 @@ class _RandomKCodec(SummableCodec):
 
     def write(self, wire: Tensor, flat: Tensor) -> None:
         flat.index_copy_(0, self._index, wire)
+
+    def clear(self, wire: Tensor, flat: Tensor) -> None:
+        flat.index_fill_(0, self._index, 0.0)
 
     def scatter(self, wire: Tensor, tensors: Sequence[Tensor]) -> None:
         index = self._index - self._offsets[self._tensor]

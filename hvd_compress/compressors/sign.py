@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Optional, Sequence
+from typing import Optional, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -44,7 +44,7 @@ class BlockSign(Compressor):
         ValueError: if ``block_size`` is neither None nor an integer >= 1.
     """
 
-    combine: ClassVar[Combine] = Combine.GATHER
+    combine = Combine.GATHER
     block_size: Optional[int] = None
 
     def __post_init__(self) -> None:

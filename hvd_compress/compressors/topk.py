@@ -44,7 +44,8 @@ class TopK(Compressor):
         ValueError: if an argument is out of range, or a vector has 2**31 elements or more.
     """
 
-    combine: ClassVar[Combine] = Combine.GATHER
+    combine = Combine.GATHER
+    selects: ClassVar[bool] = True
     density: float = 1 / 100
     sampled: bool = False
 
@@ -73,8 +74,8 @@ class TopK(Compressor):
         out.index_add_(0, places.clone().view(torch.int32), values.clone().view(payload.dtype))
         return out.view(payload.shape)
 
-    def codec(self, layout: Layout, dtype: torch.dtype, device: torch.device) -> Codec:
-        return _TopKCodec(self, layout, dtype, device)
+    def codec(self, layout: Layout, dtype: torch.dtype, device: torch.device) -> TopKCodec:
+        return TopKCodec(self, layout, dtype, device)
 
 
 class _Picker:
@@ -111,13 +112,18 @@ class _Picker:
             places.copy_(index)
 
 
-class _TopKCodec(Codec):
-    """The values of a bucket, their places, and zeros up to a multiple of 8 bytes."""
+class TopKCodec(Codec):
+    """The values of a bucket, their places, and zeros up to a multiple of 8 bytes.
+
+    Attributes:
+        k: how many values.
+    """
 
     dtype = torch.uint8
 
     def __init__(self, config: TopK, layout: Layout, dtype: torch.dtype, device: torch.device) -> None:
         self._picker = _Picker(config, layout.total, device)
+        self.k = self._picker.k
         self._dtype, self._step = dtype, 0
         self._places_at = self._picker.k * dtype.itemsize
         self._end = self._places_at + self._picker.k * 4
@@ -126,14 +132,18 @@ class _TopKCodec(Codec):
     def begin(self, step: int) -> None:
         self._step = step
 
-    def _parts(self, wire: Tensor) -> tuple[Tensor, Tensor]:
+    def unpack(self, wire: Tensor) -> tuple[Tensor, Tensor]:
+        """Views of a payload: k values in the bucket's dtype, their int32 places in ascending order."""
         return wire[: self._places_at].view(self._dtype), wire[self._places_at : self._end].view(torch.int32)
 
     def encode(self, flat: Tensor, wire: Tensor) -> None:
         wire[self._end :].zero_()
-        self._picker.pick(flat, self._step, *self._parts(wire))
+        self._picker.pick(flat, self._step, *self.unpack(wire))
 
     def accumulate(self, wire: Tensor, flat: Tensor, alpha: float) -> None:
         # Only the empty slots of a sampled payload share a place, and they add nothing: any order is the same.
-        values, places = self._parts(wire)
+        values, places = self.unpack(wire)
         flat.index_add_(0, places, values, alpha=alpha)
+
+    def clear(self, wire: Tensor, flat: Tensor) -> None:
+        flat.index_fill_(0, self.unpack(wire)[1].long(), 0.0)

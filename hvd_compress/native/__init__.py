@@ -1,7 +1,7 @@
 """Compiled loops for CPU float32 vectors, and where they apply; torch does the rest.
 
 The extensions are optional: without a C compiler the package installs and works, DEF's local pass then takes
-about twice as long, and signs several times. Set HVD_COMPRESS_NATIVE=0 to do without it.
+about twice as long, signs and count-sketches several times. Set HVD_COMPRESS_NATIVE=0 to do without it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import os
 from concurrent.futures import ThreadPoolExecutor, wait
+from functools import partial
 from typing import Any, Callable, Optional, Sequence
 
 import torch
@@ -54,33 +55,37 @@ def stand(x: Tensor, e: Tensor, coefficient: float, out: Tensor) -> None:
     _in_slices(_kernels.stand, (x, e, out), (coefficient,))
 
 
+def threads(work: int, parts: int) -> int:
+    """How many threads pay for ``work`` elements that can be cut in ``parts``; at most what torch may use."""
+    return max(1, min(torch.get_num_threads(), work // GRAIN, parts))
+
+
+def run(jobs: Sequence[Callable[[], None]]) -> None:
+    """Do all jobs, in threads if there are several; they release the GIL."""
+    global _pool
+    if len(jobs) == 1:
+        jobs[0]()
+        return
+    if _pool is None:
+        _pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="hvd_compress")
+    futures = [_pool.submit(job) for job in jobs]
+    wait(futures)
+    for future in futures:
+        future.result()
+
+
+def bounds(length: int, parts: int) -> list[tuple[int, int]]:
+    """``length`` cut in ``parts`` of about the same size."""
+    return [(k * length // parts, (k + 1) * length // parts) for k in range(parts)]
+
+
 def _in_slices(kernel: Callable[..., None], vectors: tuple[Tensor, ...], numbers: tuple[float, ...]) -> None:
     """Run ``kernel`` on as many slices as torch has threads, if the vectors are long enough."""
     n = vectors[0].numel()
     if any(v.numel() != n for v in vectors):
         raise ValueError(f"vectors of different lengths: {[v.numel() for v in vectors]}")
     addresses = [v.data_ptr() for v in vectors]
-    borders = bounds(n)
-    in_threads(kernel, [
-        (*(address + a * _FLOAT for address in addresses), b - a, *numbers) for a, b in zip(borders, borders[1:])
-    ])
-
-
-def bounds(n: int, multiple: int = 1) -> list[int]:
-    """Where to cut ``n`` elements into a slice per thread, at multiples of ``multiple``: from 0 to ``n``."""
-    threads = max(1, min(torch.get_num_threads(), n // GRAIN))
-    return [k * n // threads // multiple * multiple for k in range(threads)] + [n]
-
-
-def in_threads(kernel: Callable[..., None], calls: Sequence[tuple[Any, ...]]) -> None:
-    """Call ``kernel`` with each of the arguments, at the same time."""
-    global _pool
-    if len(calls) == 1:
-        kernel(*calls[0])
-        return
-    if _pool is None:
-        _pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="hvd_compress")
-    jobs = [_pool.submit(kernel, *arguments) for arguments in calls]
-    wait(jobs)
-    for job in jobs:
-        job.result()
+    run([
+        partial(kernel, *(address + a * _FLOAT for address in addresses), b - a, *numbers)
+        for a, b in bounds(n, threads(n, n))
+    ])  # fmt: skip

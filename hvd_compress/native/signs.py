@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,12 +31,12 @@ def pack(flat: Tensor, bits: Tensor, ends: _I64) -> npt.NDArray[np.float64]:
         ends: where the blocks end, ascending; the last one at n.
     """
     borders = _borders(flat, bits, ends)
-    partial = np.zeros((len(borders) - 1, len(ends)))
-    native.in_threads(_signs.pack, [
-        (flat.data_ptr(), bits.data_ptr(), ends.ctypes.data, row.ctypes.data, len(ends), start, stop)
-        for row, start, stop in zip(partial, borders, borders[1:])
+    parts = np.zeros((len(borders), len(ends)))
+    native.run([
+        partial(_signs.pack, flat.data_ptr(), bits.data_ptr(), ends.ctypes.data, row.ctypes.data, len(ends), *border)
+        for row, border in zip(parts, borders)
     ])  # fmt: skip
-    sums: npt.NDArray[np.float64] = partial.sum(axis=0)
+    sums: npt.NDArray[np.float64] = parts.sum(axis=0)
     return sums
 
 
@@ -49,17 +50,17 @@ def add(bits: Tensor, flat: Tensor, ends: _I64, factors: npt.NDArray[np.float32]
     borders = _borders(flat, bits, ends)
     if len(factors) != len(ends) or not factors.flags.c_contiguous or factors.dtype != np.float32:
         raise ValueError(f"{len(ends)} float32 factors wanted, not {factors.dtype} {factors.shape}")
-    native.in_threads(_signs.add, [
-        (bits.data_ptr(), flat.data_ptr(), ends.ctypes.data, factors.ctypes.data, len(ends), start, stop)
-        for start, stop in zip(borders, borders[1:])
+    native.run([
+        partial(_signs.add, bits.data_ptr(), flat.data_ptr(), ends.ctypes.data, factors.ctypes.data, len(ends), *border)
+        for border in borders
     ])  # fmt: skip
 
 
-def _borders(flat: Tensor, bits: Tensor, ends: _I64) -> list[int]:
+def _borders(flat: Tensor, bits: Tensor, ends: _I64) -> list[tuple[int, int]]:
     """Slices for the threads, at whole bytes; raises ValueError where the lengths do not fit: C would not."""
     n = flat.numel()
     if bits.numel() != (n + 7) // 8 or ends.dtype != np.int64 or not ends.flags.c_contiguous:
         raise ValueError(f"{bits.numel()} bytes for {n} signs, ends of blocks {ends.dtype}")
     if (int(ends[-1]) if len(ends) else 0) != n:
         raise ValueError(f"blocks end at {ends[-1:]}, the vector at {n}")
-    return native.bounds(n, 8)
+    return [(8 * a, min(n, 8 * b)) for a, b in native.bounds((n + 7) // 8, native.threads(n, n))]

@@ -13,6 +13,7 @@ from torch.nn import Parameter
 
 from hvd_compress.arguments import teams_of
 from hvd_compress.buckets import Bucket, Entry, build
+from hvd_compress.compressors import Layout
 
 DTYPES = [torch.float32, torch.float32, torch.float64, torch.bfloat16]
 DEVICES = ["cpu", "cpu", "cpu", "meta"]
@@ -68,8 +69,9 @@ def test_every_rule_of_cutting(
         assert len(kinds) == 1, "one dtype, device, team and (if asked for) parameter group"
         assert (bucket.dtype, bucket.device) == (bucket.parameters[0].dtype, bucket.parameters[0].device)
         assert bucket.layout == (
-            tuple(e.name for e in bucket.entries), tuple(e.parameter.numel() for e in bucket.entries)
-        )
+            tuple(e.name for e in bucket.entries), tuple(e.parameter.numel() for e in bucket.entries),
+            tuple(tuple(e.parameter.shape) for e in bucket.entries),
+        )  # fmt: skip
         groups = {e.group for e in bucket.entries}
         assert bucket.group == (groups.pop() if len(groups) == 1 else -1)
         assert bucket.state_dtype == (torch.float64 if bucket.dtype == torch.float64 else torch.float32)
@@ -201,6 +203,31 @@ def test_adopt_keeps_values_and_moves_storage() -> None:
     with torch.no_grad():
         parameters[-1].fill_(5.0)
     assert int((mirror.flat == 5.0).sum()) == parameters[-1].numel()
+
+
+@pytest.mark.parametrize("kind", SHAPED)
+def test_the_layout_has_the_shape_in_memory(kind: str) -> None:
+    """A piece of the flat vector seen as a matrix must have rows and columns of the parameter, not a mixture."""
+    bucket = bucket_of("matrix", kind)
+    parameter, mirror = bucket.parameters[1].detach(), bucket.mirror(torch.float32)
+    mirror.views[1].copy_(parameter)
+    shape = bucket.layout.shapes[1]
+    rows = mirror.flat[12:].view(shape)
+    if kind == "channels_last":
+        assert torch.equal(rows, parameter.permute(0, 2, 3, 1))
+    elif kind in ("transposed", "permuted"):
+        assert torch.equal(rows, parameter.t() if kind == "transposed" else parameter.permute(1, 2, 0))
+    else:
+        assert torch.equal(rows, parameter)
+
+
+def test_a_layout_that_is_cut_keeps_the_shapes_of_whole_tensors() -> None:
+    layout = Layout(("a", "b", "c"), (12, 6, 5), ((3, 4), (2, 3), (5,)))
+    assert layout.cut(0, 23) == layout
+    assert layout.cut(4, 20) == (("a@4", "b", "c@0"), (8, 6, 2), ((8,), (2, 3), (2,)))
+    plain = Layout(("a", "b"), (12, 6))
+    assert plain.dimensions() == ((12,), (6,))
+    assert plain.cut(2, 18) == (("a@2", "b"), (10, 6), ())
 
 
 def test_adopting_again_takes_new_storage_back() -> None:

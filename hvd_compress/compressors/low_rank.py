@@ -1,0 +1,199 @@
+"""PowerSGD (Vogels, Karimireddy, Jaggi 2019): each matrix as the product of two thin ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Sequence
+
+import torch
+from torch import Tensor
+
+from hvd_compress import validation
+from hvd_compress.compressors import hashing
+from hvd_compress.compressors.base import Combine, Compressor, JointCodec, Layout, Payload, pieces
+from hvd_compress.compressors.draws import tensor_key
+
+
+@dataclass(frozen=True)
+class LowRank(Compressor):
+    """Rank-r approximation of every matrix by one power iteration (PowerSGD, Vogels et al. 2019, algorithm 1).
+
+    With M (n x m) and Q (m x r): ``P = M Q``, orthonormalised; ``Q = M^T P``; M is taken for ``P Q^T``, its
+    projection on the columns of P. Ranks average P before it is orthonormalised, and Q, so that the result is
+    that of their mean matrix. A bucket's codec starts the next step with the last Q (warm start), which on a
+    matrix that stays the same is subspace iteration.
+
+    A tensor is seen as a matrix of its first dimension by the others; dimensions of one element are left out.
+    What is left with fewer than two dimensions, or with ``r (n + m) >= n m``, travels whole. r is at most
+    n and m.
+
+    Args:
+        rank: r >= 1.
+        seed: seed of the first Q; must be the same on every rank.
+
+    Raises:
+        ValueError: if an argument is out of range.
+    """
+
+    combine = Combine.JOINT
+    rank: int = 4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        validation.integer("LowRank", "rank", self.rank, 1)
+        validation.integer("LowRank", "seed", self.seed, 0)
+        object.__setattr__(self, "rank", int(self.rank))  # one repr: ranks compare it
+        object.__setattr__(self, "seed", int(self.seed))
+
+    def factors(self, shape: Sequence[int]) -> tuple[int, int, int]:
+        """(n, m, r) of a tensor's factors P (n x r) and Q (m x r); (0, 0, 0) if it travels whole."""
+        sizes = [size for size in shape if size != 1]
+        if len(sizes) < 2:
+            return 0, 0, 0
+        n, m = sizes[0], torch.Size(sizes[1:]).numel()
+        r = min(self.rank, n, m)
+        return (n, m, r) if r * (n + m) < n * m else (0, 0, 0)
+
+    def encode(self, tensor: Tensor, name: str = "", step: int = 0) -> Payload:
+        """P and Q one after the other, in float32 (float64 for float64 tensors); or the whole tensor as it is.
+
+        The power iteration starts with a Q drawn from (seed, name, step).
+        """
+        n, m, r = self.factors(tensor.shape)
+        context: dict[str, Any] = {"factors": (n, m, r)}
+        if not r:
+            return Payload(tensor.reshape(-1).clone(), tensor.shape, tensor.dtype, context)
+        matrix = tensor.reshape(n, m).to(torch.float64 if tensor.dtype == torch.float64 else torch.float32)
+        start = hashing.nearly_normal(tensor_key(self.seed, f"{name}\0{step}"), (m, r), tensor.device)
+        p = torch.linalg.qr(matrix @ start.to(matrix.dtype)).Q
+        q = matrix.t() @ p
+        return Payload(torch.cat((p.reshape(-1), q.reshape(-1))), tensor.shape, tensor.dtype, context)
+
+    def decode(self, payload: Payload) -> Tensor:
+        """``P Q^T``."""
+        n, m, r = payload.context["factors"]
+        if not r:
+            return payload.values.to(payload.dtype).view(payload.shape)
+        p, q = payload.values[: n * r].view(n, r), payload.values[n * r :].view(m, r)
+        return (p @ q.t()).to(payload.dtype).view(payload.shape)
+
+    def codec(self, layout: Layout, dtype: torch.dtype, device: torch.device) -> LowRankCodec:
+        return LowRankCodec(self, layout, dtype, device)
+
+
+class _Matrix(NamedTuple):
+    place: int  # in the layout
+    n: int
+    m: int
+    r: int
+
+
+class LowRankCodec(JointCodec):
+    """PowerSGD of a bucket, in two rounds: every P and the tensors that travel whole; then every Q.
+
+    Attributes:
+        numels: elements of the rounds' payloads.
+        dtype: dtype of the bucket, float32 or float64; everything is computed in it.
+    """
+
+    def __init__(self, config: LowRank, layout: Layout, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype = dtype
+        self._numels = layout.numels
+        matrices = [_Matrix(i, *config.factors(shape)) for i, shape in enumerate(layout.dimensions())]
+        self._whole = [matrix.place for matrix in matrices if not matrix.r]
+        # Factors of one shape lie side by side, so that what is done to them is one operation.
+        self._by_p = sorted((x for x in matrices if x.r), key=lambda x: (x.n, x.r, x.place))
+        self._by_q = sorted(self._by_p, key=lambda x: (x.m, x.r, x.place))
+        self._p_runs, self._q_runs = _runs([(x.n, x.r) for x in self._by_p]), _runs([(x.m, x.r) for x in self._by_q])
+        self._p_total = sum(x.n * x.r for x in self._by_p)
+        self.numels = (
+            self._p_total + sum(layout.numels[i] for i in self._whole), sum(x.m * x.r for x in self._by_q)
+        )  # fmt: skip
+
+        # The first round as received, its factors orthonormalised; the second, with which the next step starts.
+        self._first = torch.zeros(self.numels[0], dtype=dtype, device=device)
+        self._second = torch.zeros(self.numels[1], dtype=dtype, device=device)
+        keys = [tensor_key(config.seed, layout.names[x.place]) for x in self._by_q]
+        drawn = [hashing.nearly_normal(key, (x.m, x.r), device).view(-1) for key, x in zip(keys, self._by_q)]
+        self._cold = torch.cat(drawn).to(dtype) if drawn else self._second.clone()
+        for batch in _batches(self._cold, self._q_runs):
+            batch.div_(batch.abs().amax(dim=1, keepdim=True))
+        self._p, self._q = self._ps(self._first), self._qs(self._second)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the last step: start with a Q drawn from (seed, name) again."""
+        self._second.copy_(self._cold)
+
+    def encode(self, index: int, flat: Tensor, wire: Tensor) -> None:
+        parts = pieces(flat, self._numels)
+        if index == 0:
+            self._refresh()
+            for i, p in self._ps(wire).items():
+                torch.mm(parts[i].view(len(p), -1), self._q[i], out=p)
+            if self._whole:
+                torch.cat([parts[i] for i in self._whole], out=wire[self._p_total :])
+        else:
+            for i, q in self._qs(wire).items():
+                torch.mm(parts[i].view(-1, len(q)).t(), self._p[i], out=q)
+
+    def receive(self, index: int, wire: Tensor) -> None:
+        """Take the mean over ranks; P is orthonormalised here, from the same bits on every rank.
+
+        The columns are orthonormal also where P is zero or of lower rank (Householder reflections).
+        """
+        if index:
+            self._second.copy_(wire)
+            return
+        self._first.copy_(wire)
+        for batch in _batches(self._first, self._p_runs):
+            batch.copy_(torch.linalg.qr(batch).Q)
+
+    def accumulate(self, flat: Tensor, alpha: float) -> None:
+        parts = pieces(flat, self._numels)
+        for i, p in self._p.items():
+            q = self._q[i]
+            parts[i].view(len(p), len(q)).addmm_(p, q.t(), alpha=alpha)
+        if self._whole:
+            received = pieces(self._first[self._p_total :], [self._numels[i] for i in self._whole])
+            torch._foreach_add_([parts[i] for i in self._whole], list(received), alpha=alpha)
+
+    def memory(self) -> dict[str, list[Tensor]]:
+        """``{"warm": [Q (m x r), or of tensors that travel whole nothing (0)]}``: live views that may be written."""
+        nothing = self._second[:0]
+        return {"warm": [self._q.get(i, nothing) for i in range(len(self._numels))]}
+
+    def _refresh(self) -> None:
+        """Scale the columns of Q to one, and draw those anew that are zero or not finite.
+
+        P spans the same, but is as large as M and not as its square, which may be out of range. Dead columns
+        would stay dead for ever.
+        """
+        for last, cold in zip(_batches(self._second, self._q_runs), _batches(self._cold, self._q_runs)):
+            size = last.abs().amax(dim=1, keepdim=True)
+            last.copy_(torch.where((size > 0) & (size < float("inf")), last / size, cold))
+
+    def _ps(self, wire: Tensor) -> dict[int, Tensor]:
+        parts = pieces(wire[: self._p_total], [x.n * x.r for x in self._by_p])
+        return {x.place: part.view(x.n, x.r) for x, part in zip(self._by_p, parts)}
+
+    def _qs(self, wire: Tensor) -> dict[int, Tensor]:
+        parts = pieces(wire, [x.m * x.r for x in self._by_q])
+        return {x.place: part.view(x.m, x.r) for x, part in zip(self._by_q, parts)}
+
+
+def _runs(shapes: Sequence[tuple[int, int]]) -> list[tuple[int, int, int]]:
+    """(number, rows, columns) of equal neighbours."""
+    runs: list[tuple[int, int, int]] = []
+    for shape in shapes:
+        if runs and runs[-1][1:] == shape:
+            runs[-1] = (runs[-1][0] + 1, *shape)
+        else:
+            runs.append((1, *shape))
+    return runs
+
+
+def _batches(flat: Tensor, runs: Sequence[tuple[int, int, int]]) -> list[Tensor]:
+    """The start of ``flat`` as one view (number, rows, columns) per run."""
+    length = sum(k * a * b for k, a, b in runs)
+    return [part.view(run) for part, run in zip(pieces(flat[:length], [k * a * b for k, a, b in runs]), runs)]

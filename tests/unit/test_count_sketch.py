@@ -1,0 +1,395 @@
+"""The count-sketch: the formula, its statistics, what it finds; compiled and with torch's operations."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+from typing import Any, Optional
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from hvd_compress import native
+from hvd_compress.compressors import Combine, CountSketch, CountSketchCodec, Layout, hashing, rotations
+from hvd_compress.compressors.random_block import draw, tensor_key
+from hvd_compress.native import sketch as loops
+
+CPU = torch.device("cpu")
+DTYPES = [torch.float32, torch.float64]
+BUILT = importlib.util.find_spec("hvd_compress.native._sketch") is not None
+COMPILED = loops._sketch  # before any test patches it
+Array = npt.NDArray[np.float64]
+
+
+@pytest.fixture(autouse=True, params=["slices", "gather", "native"] if BUILT else ["slices", "gather"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Everything in each of the ways to compute it; tiles small enough for tests to need several."""
+    monkeypatch.setattr(loops, "_sketch", COMPILED if request.param == "native" else None)
+    monkeypatch.setattr(rotations, "_MAX_SLICES", 2**40 if request.param == "slices" else -1)
+    monkeypatch.setattr(rotations, "_CPU_TILE", 23)
+    return str(request.param)
+
+
+# What is drawn and found does not depend on the way, see above; these need many draws.
+one_way = pytest.mark.parametrize("way", ["native" if BUILT else "slices"], indirect=True)
+
+
+def values(n: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def coder(n: int, step: int = 0, dtype: torch.dtype = torch.float32, **arguments: Any) -> CountSketchCodec:
+    codec = CountSketch(**arguments).codec(Layout(("w",), (n,)), dtype, CPU)
+    codec.begin(step)
+    return codec
+
+
+def table_of(codec: CountSketchCodec, flat: Tensor) -> Tensor:
+    wire = torch.full((codec.numel,), math.nan, dtype=codec.dtype)
+    codec.encode(flat, wire)
+    return wire
+
+
+def estimates(codec: CountSketchCodec, wire: Tensor, n: int) -> Tensor:
+    out = torch.full((n,), math.nan, dtype=codec.dtype)
+    codec.estimate(wire, out)
+    return out
+
+
+def places(seed: int, name: str, step: int, n: int, rows: int, columns: int) -> tuple[Any, Array]:
+    """Column and sign of every coordinate in every row, one by one from the definition."""
+    column, sign = np.zeros((rows, n), dtype=np.int64), np.zeros((rows, n))
+    for j in range(rows):
+        key = np.array([tensor_key(seed, f"{name}\0row {j}")], dtype=np.uint64)
+        for b in range(-(-n // columns)):
+            bits = int(draw(draw(key, b), step)[0])
+            for q in range(min(columns, n - b * columns)):
+                column[j, b * columns + q] = (q + (bits >> 1) % columns) % columns
+                sign[j, b * columns + q] = 1 - 2 * (bits & 1)
+    return column, sign
+
+
+# -- the formula ---------------------------------------------------------------------------------------
+
+
+@settings(max_examples=25)
+@given(
+    st.one_of(st.sampled_from([1, 2]), st.integers(1, 150)), st.integers(1, 7), st.integers(1, 160),
+    st.sampled_from(DTYPES), st.integers(0, 2**66), st.integers(0, 10**9),
+)  # fmt: skip
+def test_sketch_and_estimate_follow_the_formula(
+    n: int, rows: int, columns: int, dtype: torch.dtype, seed: int, step: int
+) -> None:
+    v, c = values(n, dtype=dtype), min(n, columns)
+    codec = coder(n, step, dtype, rows=rows, columns=columns, seed=seed)
+    column, sign = places(seed, "w", step, n, rows, c)
+    expected = np.zeros((rows, c))
+    for j in range(rows):
+        np.add.at(expected[j], column[j], sign[j] * v.double().numpy())
+
+    wire = table_of(codec, v)
+    assert (codec.rows, codec.columns, codec.numel, codec.dtype) == (rows, c, rows * c, dtype)
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-13
+    np.testing.assert_allclose(wire.double().numpy().reshape(rows, c), expected, rtol=0, atol=tolerance)
+
+    looked_up = np.stack([sign[j] * wire.double().numpy().reshape(rows, c)[j, column[j]] for j in range(rows)])
+    out = estimates(codec, wire, n)
+    np.testing.assert_allclose(out.double().numpy(), np.median(looked_up, axis=0), rtol=1e-6)
+
+    flat = values(n, 5, dtype)
+    before = flat.clone()
+    codec.accumulate(wire, flat, -0.75)
+    torch.testing.assert_close(flat, before - 0.75 * out)
+
+
+@pytest.mark.parametrize(
+    ("numel", "arguments", "columns"),
+    [(10**6, {}, 2000), (10**6, {"density": 1}, 10**6), (10, {}, 1), (1, {}, 1), (2, {"rows": 1}, 1), (0, {}, 0),
+     (0, {"columns": 7}, 0), (5, {"columns": 7}, 5), (1999, {"density": 0.5, "rows": 2}, 499), (7, {"density": 1}, 7)],
+)  # fmt: skip
+def test_sizes(numel: int, arguments: dict[str, Any], columns: int) -> None:
+    config = CountSketch(**arguments)
+    assert config.width(numel) == columns
+    assert coder(min(numel, 9999), **arguments).numel == config.rows * config.width(min(numel, 9999))
+
+
+def test_what_it_says_of_itself() -> None:
+    assert CountSketch().combine is Combine.SKETCH
+    assert CountSketch().summable
+    assert not CountSketch().lossless
+    assert CountSketch().fraction == 0.01
+    assert CountSketch(density=1).fraction == 5.0
+    assert CountSketch(columns=99).fraction == 1.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"density": 0}, "density"), ({"density": 1.01}, "density"), ({"rows": 0}, r"rows=0 .* >= 1"),
+     ({"rows": 2.5}, "rows=2.5"), ({"columns": 0}, r"columns=0 .* >= 1"), ({"seed": -1}, "seed=-1")],
+)  # fmt: skip
+def test_arguments_out_of_range(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"CountSketch: .*{message}"):
+        CountSketch(**arguments)
+
+
+@settings(max_examples=25)
+@given(st.integers(0, 120), st.integers(1, 6), st.sampled_from(DTYPES), st.integers(0, 10**6))
+def test_density_one_is_exact(n: int, rows: int, dtype: torch.dtype, step: int) -> None:
+    v = values(n, dtype=dtype)
+    codec = coder(n, step, dtype, rows=rows, density=1)
+    assert torch.equal(estimates(codec, table_of(codec, v), n), v)
+
+
+@settings(max_examples=25)
+@given(st.integers(1, 200), st.integers(1, 60), st.integers(1, 6), st.integers(0, 1000))
+def test_it_is_linear(n: int, columns: int, rows: int, step: int) -> None:
+    codec = coder(n, step, columns=columns, rows=rows)
+    a, b = values(n, 1), values(n, 2)
+    torch.testing.assert_close(
+        table_of(codec, a) + 0.5 * table_of(codec, b), table_of(codec, a + 0.5 * b), rtol=0, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, *DTYPES])
+@pytest.mark.parametrize("shape", [(7, 30), (), (1,), (0, 3)])
+def test_one_tensor(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    config, v = CountSketch(density=0.2, rows=3), values(math.prod(shape), dtype=dtype).view(shape)
+    payload = config.encode(v, "w", 3)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    codec = coder(v.numel(), 3, wide, density=0.2, rows=3)
+    assert torch.equal(payload.values, table_of(codec, v.reshape(-1).to(wide)))
+    assert payload.nbytes == 3 * config.width(v.numel()) * wide.itemsize
+    decoded = config.decode(payload)
+    assert (decoded.dtype, decoded.shape) == (dtype, shape)
+    assert torch.equal(decoded.view(-1), estimates(codec, payload.values, v.numel()).to(dtype))
+    if len(shape) == 2:
+        assert torch.equal(config.decode(config.encode(v.t().contiguous().t(), "w", 3)), decoded), "any strides"
+
+
+def test_a_nan_is_not_lost() -> None:
+    v = values(60)
+    v[17] = math.nan
+    codec = coder(60, columns=20, rows=5)
+    wire = table_of(codec, v)
+    assert torch.isnan(estimates(codec, wire, 60)[17])
+    assert 17 in codec.heavy_hitters(wire, 30).tolist()
+
+
+def test_each_way_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also with tiles of ordinary size and a rotation in several threads."""
+    monkeypatch.setattr(rotations, "_CPU_TILE", 2**10)
+    n, results = 50_000, []
+    for setting in ("as it is", "threads", "torch"):
+        monkeypatch.setattr(native, "threads", lambda work, parts, k=setting: min(3, parts) if k == "threads" else 1)
+        if setting == "torch":
+            monkeypatch.setattr(loops, "_sketch", None)
+            monkeypatch.setattr(rotations, "_MAX_SLICES", 2**12)
+        for rows in (1, 2, 3, 5, 8):
+            codec = coder(n, 4, columns=1300, rows=rows)
+            wire = table_of(codec, values(n))
+            results.append([wire, estimates(codec, wire, n), codec.heavy_hitters(wire, 2000).clone()])
+    for one, threaded, torchs in zip(results[:5], results[5:10], results[10:]):
+        assert all(torch.equal(a, b) for a, b in zip(one, threaded))
+        assert float((one[0] - torchs[0]).abs().max()) < 2e-6 * float(one[0].abs().max())
+        torch.testing.assert_close(one[1], torchs[1], rtol=0, atol=1e-4)
+
+
+# -- what is drawn -------------------------------------------------------------------------------------
+
+
+def test_the_draw_is_pinned() -> None:
+    """Ranks may run different releases: the draw is part of the format."""
+    codec = coder(1000, 3, columns=100, rows=2)
+    wire = table_of(codec, torch.arange(1000.0))
+    assert wire[:4].tolist() == [336.0, 436.0, 436.0, 436.0]
+
+
+def test_hashing_is_the_numpy_draw() -> None:
+    keys = hashing.outputs(2**64 - 5, 300, CPU)
+    expected = np.array([draw(np.array([2**64 - 5], dtype=np.uint64), i)[0] for i in range(300)])
+    assert np.array_equal(keys.numpy().view(np.uint64), expected)
+    for step in (0, 1, 10**9):
+        assert np.array_equal(hashing.at(keys, step).numpy().view(np.uint64), draw(expected, step))
+
+
+@pytest.mark.parametrize("other", [{"step": 1}, {"seed": 1}, {"name": "b"}])
+def test_step_seed_and_name_change_the_hash(other: dict[str, Any]) -> None:
+    def table(step: int = 0, seed: int = 0, name: str = "a") -> Tensor:
+        codec = CountSketch(seed=seed, columns=50).codec(Layout((name, "c"), (400, 100)), torch.float32, CPU)
+        codec.begin(step)
+        return table_of(codec, values(500))
+
+    assert torch.equal(table(), table())
+    assert not torch.allclose(table(), table(**other))
+
+
+def test_rows_are_independent_of_their_number() -> None:
+    v = values(500)
+    few, many = (table_of(coder(500, columns=40, rows=r), v) for r in (3, 6))
+    assert torch.equal(few, many[: 3 * 40])
+
+
+def test_a_codec_remembers_nothing_of_earlier_steps() -> None:
+    one, other = coder(300, 7, columns=30), coder(300, 2, columns=30)
+    table_of(other, values(300, 3))
+    for step in (9, 7):
+        other.begin(step)
+    assert torch.equal(table_of(one, values(300)), table_of(other, values(300)))
+    assert table_of(one, values(300)).numel() == one.numel == 150
+
+
+@one_way
+def test_process_and_hash_seed_do_not_matter(way: str) -> None:
+    code = (
+        "import json, torch\n"
+        "from hvd_compress.compressors import CountSketch\n"
+        "payload = CountSketch(columns=20).encode(torch.arange(200.0), 'größe', 5)\n"
+        "print(json.dumps([hash('a'), payload.values.tolist()]))\n"
+    )
+    seed = "1" if os.environ.get("PYTHONHASHSEED") == "4242" else "4242"
+    child = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300,
+        env={**os.environ, "PYTHONHASHSEED": seed, "HOROVOD_RANK": "3"},
+    )  # fmt: skip
+    assert child.returncode == 0, child.stderr
+    hashed, table = json.loads(child.stdout)
+    assert hashed != hash("a"), "the hash seed has had no effect: this test proves nothing"
+    assert table == CountSketch(columns=20).encode(torch.arange(200.0), "größe", 5).values.tolist()
+
+
+# -- statistics ----------------------------------------------------------------------------------------
+
+
+@one_way
+@pytest.mark.parametrize("rows", [1, 3])
+def test_estimates_are_unbiased_with_the_variance_of_a_full_hash(way: str, rows: int) -> None:
+    """A row's variance is the energy of the other blocks over c, which is at most ||v||^2 / c."""
+    n, c, steps = 45, 7, 2000
+    v = values(n)
+    codec, drawn = coder(n, columns=c, rows=rows), np.zeros((steps, n))
+    for step in range(steps):
+        codec.begin(step)
+        drawn[step] = estimates(codec, table_of(codec, v), n).numpy()
+    error = drawn - v.numpy()
+    blocks = np.array([float((b**2).sum()) for b in np.split(v.double().numpy(), range(c, n, c))])
+    variance = np.repeat((blocks.sum() - blocks) / c, c)[:n]
+    assert np.all(np.abs(error.mean(axis=0)) < 5 * np.sqrt(variance / steps))
+    if rows == 1:
+        np.testing.assert_allclose((error**2).mean(axis=0), variance, rtol=0.25)
+        assert error.var() < float((v**2).sum()) / c
+    else:
+        assert np.all((error**2).mean(axis=0) < variance), "several rows are better than one"
+
+
+def random_hash_recall(v: Array, rows: int, columns: int, k: int, seed: int) -> float:
+    """Recall of the k largest by a textbook sketch with a hash of its own for every coordinate."""
+    rng = np.random.default_rng(seed)
+    column, sign = rng.integers(0, columns, (rows, v.size)), rng.choice([-1.0, 1.0], (rows, v.size))
+    rows_of = [np.bincount(h, weights=s * v, minlength=columns) for h, s in zip(column, sign)]
+    found = np.median([s * row[h] for row, h, s in zip(rows_of, column, sign)], axis=0)
+    return recall(v, np.argsort(-np.abs(found))[:k], k)
+
+
+def recall(v: Array, found: Any, k: int) -> float:
+    return len(set(np.argsort(-np.abs(v))[:k].tolist()) & set(found.tolist())) / k
+
+
+@one_way
+@pytest.mark.parametrize("ratio", [2, 10])
+def test_recall_is_that_of_a_full_random_hash(way: str, ratio: int) -> None:
+    n, k, trials = 20_000, 200, 6
+    # Heavy tails, and the large ones together as in a layer with large gradients.
+    v = np.random.default_rng(0).standard_t(2, n) * np.where(np.arange(n) < n // 4, 3.0, 1.0)
+    codec = coder(n, columns=ratio * k, rows=5)
+    ours, theirs = [], []
+    for trial in range(trials):
+        codec.begin(trial)
+        wire = table_of(codec, torch.from_numpy(v).float())
+        ours.append(recall(v, codec.heavy_hitters(wire, k).numpy(), k))
+        theirs.append(random_hash_recall(v, 5, ratio * k, k, trial))
+    assert abs(np.mean(ours) - np.mean(theirs)) < 0.05
+    assert np.mean(ours) > (0.15 if ratio == 2 else 0.7)
+
+
+# -- heavy hitters -------------------------------------------------------------------------------------
+
+
+def largest(sizes: Tensor, count: int) -> list[int]:
+    """Ascending indices of the largest; the lower index of equal ones."""
+    return sorted(torch.sort(sizes.abs(), descending=True, stable=True).indices[:count].tolist())
+
+
+@settings(max_examples=25)
+@given(st.integers(1, 300), st.integers(1, 60), st.integers(0, 300), st.sampled_from(DTYPES), st.booleans())
+def test_heavy_hitters_are_the_largest_estimates(
+    n: int, columns: int, count: int, dtype: torch.dtype, ties: bool
+) -> None:
+    v = values(n, dtype=dtype)
+    codec, count = coder(n, dtype=dtype, columns=columns), min(n, count)
+    wire = table_of(codec, v.round() if ties else v)
+    found = codec.heavy_hitters(wire, count)
+    assert found.dtype == torch.int64
+    assert found.tolist() == largest(estimates(codec, wire, n), count)
+
+
+N = 300_000
+HARD: dict[str, Any] = {
+    "normal": lambda: values(N),
+    "heavy": lambda: values(N) ** 5,
+    "zero": lambda: torch.zeros(N),
+    "constant": lambda: -torch.ones(N),
+    "ascending": lambda: torch.arange(float(N)),
+    "descending": lambda: -torch.arange(float(N), 0.0, -1.0),
+    "few_values": lambda: values(N).round(),
+    "sample_too_high": lambda: torch.where(torch.arange(N) % (256 * 64) < 256, 100.0, 1.0) * (1 + values(N).abs()),
+    "sample_too_low": lambda: torch.where(torch.arange(N) % (256 * 64) < 256, 0.0, 1.0) * values(N),
+}
+
+
+@one_way
+@pytest.mark.parametrize("kind", HARD)
+def test_heavy_hitters_whatever_the_distribution(way: str, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Exact sketches, so that the vector is the estimate; counts that change what is scratch."""
+    monkeypatch.setattr(rotations, "_CPU_TILE", 2**16)
+    v = HARD[kind]()
+    codec = coder(N, density=1, rows=3)
+    wire = table_of(codec, v)
+    for count in (1, 30_000, 700):
+        found = codec.heavy_hitters(wire, count)
+        assert torch.equal(found, torch.tensor(largest(v, count))), count
+
+
+@pytest.mark.parametrize("count", [-1, 41])
+def test_a_count_out_of_range(count: int) -> None:
+    codec = coder(40)
+    with pytest.raises(ValueError, match=rf"count={count} is not allowed.*\[0, 40\]"):
+        codec.heavy_hitters(torch.zeros(codec.numel), count)
+
+
+@pytest.mark.parametrize("layout", [Layout((), ()), Layout(("a",), (0,))])
+def test_nothing(layout: Layout) -> None:
+    codec, nothing = CountSketch().codec(layout, torch.float32, CPU), torch.empty(0)
+    codec.begin(0)
+    codec.encode(nothing, nothing)
+    codec.estimate(nothing, nothing)
+    codec.accumulate(nothing, nothing, 1.0)
+    assert codec.numel == 0
+    assert codec.heavy_hitters(nothing, 0).tolist() == []
+
+
+def test_sharding_gives_tables_of_the_shards() -> None:
+    layout: Layout = Layout(("a", "b"), (100, 60))
+    sharded = CountSketch(columns=9).sharded(layout, [0, 80, 160], torch.float32, CPU)
+    wires: list[Optional[Tensor]] = [torch.empty(codec.numel) for codec in sharded.codecs]
+    sharded.begin(1)
+    sharded.encode(values(160), wires)  # type: ignore[arg-type]
+    assert [codec.numel for codec in sharded.codecs] == [45, 45]
