@@ -11,9 +11,10 @@ from torch import Tensor
 
 from hvd_compress import mpi, validation
 from hvd_compress.algorithms.base import Algorithm, UpdateState, require_compressor
+from hvd_compress.algorithms.detached import dense_on_updates
 from hvd_compress.algorithms.momentum import FlatMomentum
 from hvd_compress.algorithms.updates import HeldUpdates
-from hvd_compress.buckets import Bucket
+from hvd_compress.buckets import Bucket, Entry
 from hvd_compress.collectives import Link
 from hvd_compress.compressors import CountSketch
 from hvd_compress.compressors.count_sketch import CountSketchCodec
@@ -46,6 +47,7 @@ class GlobalSketch(Algorithm):
         masking: clear the local momentum where it was sent (torch.optim.SGD's; others are left alone).
         clip_norm: clip the norm of the local gradient to this over the square root of the number of ranks
             before it becomes momentum; None: do not.
+        dense_vectors: parameters of one dimension (biases, norms) are averaged uncompressed, as is usual.
         rescale_residual: False lets a change of learning rate change v_k in proportion.
 
     Raises:
@@ -61,6 +63,7 @@ class GlobalSketch(Algorithm):
     candidates: int = 4
     masking: bool = True
     clip_norm: Optional[float] = None
+    dense_vectors: bool = True
     rescale_residual: bool = True
 
     def __post_init__(self) -> None:
@@ -76,8 +79,14 @@ class GlobalSketch(Algorithm):
             validation.integer("GlobalSketch", "k", self.k, 1)
         validation.integer("GlobalSketch", "candidates", self.candidates, 1)
         validation.boolean("GlobalSketch", "masking", self.masking)
+        validation.boolean("GlobalSketch", "dense_vectors", self.dense_vectors)
         validation.positive_or_none("GlobalSketch", "clip_norm", self.clip_norm)
         validation.boolean("GlobalSketch", "rescale_residual", self.rescale_residual)
+
+    def choose(self, entry: Entry) -> Algorithm:
+        if self.dense_vectors and entry.parameter.dim() <= 1:
+            return dense_on_updates()
+        return self
 
     def check(self, link: Link) -> None:
         if self.exchange == "tree":

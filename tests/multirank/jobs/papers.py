@@ -73,7 +73,7 @@ def check_mass() -> None:
         for algorithm in (EF(compressor), DEF(compressor, 0.3), DistEF(compressor), LIEC(compressor, 8)):
             # A sum of float16 payloads is rounded by the ring itself, which no rank can keep account of.
             summed_in_half = compressor == Cast() and isinstance(algorithm, (EF, DEF)) and hvd.size() > 1
-            keep_mass(algorithm, tolerance=1e-5 if summed_in_half else 1e-12)
+            keep_mass(algorithm, tolerance=1e-3 if summed_in_half else 1e-12)
 
 
 def check_mass_with_sum() -> None:
