@@ -174,6 +174,6 @@ class _RandomKCodec(SummableCodec):
         flat.index_fill_(0, self._index, 0.0)
 
     def scatter(self, wire: Tensor, tensors: Sequence[Tensor]) -> None:
-        index = self._index - self._offsets[self._tensor]
+        index = self._index - self._offsets.index_select(0, self._tensor)
         for tensor, places, values in zip(tensors, pieces(index, self._counts), pieces(wire, self._counts)):
             tensor.index_copy_(0, places, values)

@@ -64,7 +64,7 @@ def sampled_on_device(flat: Tensor, k: int, start: int, slots: Tensor) -> tuple[
     used = slots <= total
     # The first place where the count reaches a number is where the element with this number lies.
     places = torch.where(used, torch.searchsorted(passed, wanted), 0)
-    return places, torch.where(used, flat[places], 0)
+    return places, torch.where(used, flat.index_select(0, places), 0)
 
 
 class HostSearch:

@@ -117,6 +117,7 @@ class _Blocks:
         self._lengths = torch.tensor(lengths.tolist(), dtype=torch.int64, device=device)
         self._dtype, self._device = dtype, device
         self._scratch: Optional[tuple[Tensor, Tensor, Tensor]] = None
+        self._owners: Optional[Tensor] = None
 
     def cut(self, start: int, stop: int) -> tuple[_Blocks, int, int]:
         """The blocks of ``flat[start:stop]``, and which of these they are: first, last + 1."""
@@ -167,7 +168,7 @@ class _Blocks:
         if self._long:
             torch._foreach_mul_(list(pieces(values, self.lengths.tolist())), list(factors.unbind()))
         else:
-            values.mul_(torch.repeat_interleave(factors, self._lengths, output_size=self.numel))
+            values.mul_(factors.index_select(0, self._block_of()))
         flat.add_(values)
 
     def _buffers(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -179,6 +180,13 @@ class _Blocks:
                 torch.empty(self.numel, dtype=self._dtype, device=self._device),
             )
         return self._scratch
+
+    def _block_of(self) -> Tensor:
+        """The block of each element, int32; kept."""
+        if self._owners is None:
+            places = torch.arange(self.numel, device=self._device)
+            self._owners = torch.searchsorted(self._lengths.cumsum(0), places, right=True, out_int32=True)
+        return self._owners
 
 
 class _SignCodec(Codec):

@@ -1,0 +1,314 @@
+"""Scaled signs: against plain numpy, with the compiled loops and with torch's operations; whole and in shards."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Optional
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from hvd_compress import native
+from hvd_compress.compressors import BlockSign, Codec, Combine, Layout
+from hvd_compress.native import signs
+
+CPU = torch.device("cpu")
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+WIDE = [torch.float32, torch.float64]
+LOADED = signs._signs  # before any test patches it
+# The fixture sets the same thing for every example.
+examples = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+sizes = st.one_of(st.none(), st.integers(1, 40))
+numbers = st.lists(st.one_of(st.integers(0, 3), st.integers(0, 90)), max_size=8)
+
+
+@pytest.fixture(autouse=True, params=["torch", "native"] if LOADED else ["torch"])
+def loops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Everything with torch's operations, and with the compiled loops where they are built."""
+    monkeypatch.setattr(signs, "_signs", LOADED if request.param == "native" else None)
+    return str(request.param)
+
+
+def vector(n: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    """Normal values, some zeros of both signs, and a stretch of nothing else."""
+    rng = np.random.default_rng(seed)
+    v = rng.standard_normal(n) * (rng.random(n) < 0.9) * rng.choice([-1.0, 1.0], n)
+    v[n // 2 : n // 2 + n // 4] = 0.0
+    return torch.from_numpy(v).to(dtype)
+
+
+def named(numels: Sequence[int]) -> Layout:
+    return Layout(tuple(f"p{i}" for i in range(len(numels))), tuple(numels))
+
+
+def blocks(numels: Sequence[int], size: Optional[int]) -> list[slice]:
+    """All blocks of tensors that lie one after the other."""
+    found, begin = [], 0
+    for n in numels:
+        step = size or max(n, 1)
+        found += [slice(begin + i, begin + min(i + step, n)) for i in range(0, n, step)]
+        begin += n
+    return found
+
+
+def reference(v: np.ndarray, places: Sequence[slice]) -> tuple[np.ndarray, np.ndarray]:
+    """Scales and signs by the definition, in float64."""
+    v = v.astype(np.float64)
+    return np.array([np.abs(v[b]).sum() / (b.stop - b.start) for b in places]), np.where(v >= 0, 1.0, -1.0)
+
+
+def unpack(payload: Tensor, n: int, count: int, at: int) -> tuple[np.ndarray, np.ndarray]:
+    """Scales and signs that bytes hold; the scales begin at ``at``."""
+    raw = payload.numpy().tobytes()
+    bits = np.unpackbits(np.frombuffer(raw[: (n + 7) // 8], dtype=np.uint8), bitorder="little")
+    assert not bits[n:].any(), "unused bits"
+    return np.frombuffer(raw[at : at + 4 * count], dtype=np.float32), np.where(bits[:n], 1.0, -1.0)
+
+
+def spread(scales: np.ndarray, places: Sequence[slice], n: int) -> np.ndarray:
+    out = np.zeros(n, dtype=scales.dtype)
+    for scale, place in zip(scales, places):
+        out[place] = scale
+    return out
+
+
+def encoded(codec: Codec, flat: Tensor) -> Tensor:
+    codec.begin(0)
+    wire = torch.full((codec.numel,), 255, dtype=codec.dtype)
+    codec.encode(flat, wire)
+    return wire
+
+
+# -- one tensor ----------------------------------------------------------------------------------------
+
+
+def test_what_it_says_of_itself() -> None:
+    assert BlockSign.combine is Combine.GATHER
+    assert not BlockSign().summable
+    assert not BlockSign().lossless
+    assert BlockSign().fraction == 1 / 32
+    assert BlockSign(64).fraction == 1 / 32 + 1 / 64
+
+
+@examples
+@given(st.integers(0, 200), st.sampled_from(DTYPES), sizes, st.integers(0, 9))
+def test_the_definition(n: int, dtype: torch.dtype, size: Optional[int], seed: int) -> None:
+    compressor, v = BlockSign(size), vector(n, dtype, seed)
+    places = blocks([n], size)
+    payload = compressor.encode(v)
+    assert payload.values.dtype == torch.uint8
+    assert payload.nbytes == -(-n // 8) + 4 * len(places)
+
+    scales, sign = unpack(payload.values, n, len(places), -(-n // 8))
+    wanted, wanted_sign = reference(v.double().numpy(), places)
+    np.testing.assert_array_equal(sign, wanted_sign)
+    np.testing.assert_allclose(scales, wanted, rtol=1e-5, atol=1e-30)
+    back = compressor.decode(payload)
+    assert (back.dtype, back.shape) == (v.dtype, v.shape)
+    expected = torch.from_numpy(spread(scales, places, n) * sign).to(dtype)
+    assert torch.equal(back, expected)
+
+
+@examples
+@given(st.integers(1, 200), st.sampled_from(WIDE), sizes)
+def test_the_contraction(n: int, dtype: torch.dtype, size: Optional[int]) -> None:
+    """||v - C(v)||^2 = ||v||^2 - ||v||_1^2 / n in each block, so at most (1 - 1/n) ||v||^2."""
+    v = vector(n, dtype, 1)
+    kept = BlockSign(size).decode(BlockSign(size).encode(v))
+    for place in blocks([n], size):
+        b, lost = v[place].double(), float((v[place].double() - kept[place].double()).square().sum())
+        norm, m = float(b.square().sum()), b.numel()
+        assert lost == pytest.approx(norm - float(b.abs().sum()) ** 2 / m, rel=1e-5, abs=1e-6 * norm)
+        assert lost <= (1 - 1 / m) * norm + 1e-6 * norm
+
+
+def test_the_contraction_of_normal_values() -> None:
+    v = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
+    lost = (v - BlockSign().decode(BlockSign().encode(v))).square().sum() / v.square().sum()
+    assert abs(float(lost) - (1 - 2 / math.pi)) < 0.01
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [None, 3])
+def test_zeros_and_what_is_not_finite(dtype: torch.dtype, size: Optional[int]) -> None:
+    compressor = BlockSign(size)
+    zeros = compressor.decode(compressor.encode(torch.tensor([0.0, -0.0, 0.0, 0.0], dtype=dtype)))
+    assert zeros.tolist() == [0.0] * 4
+    v = torch.tensor([1.0, -0.0, -2.0, 1.0, math.nan, 1.0, -math.inf, 0.0, 3.0], dtype=dtype)
+    back = compressor.decode(compressor.encode(v))
+    if size is None:
+        assert bool(back.isnan().all())
+    else:
+        assert back[:3].tolist() == [1.0, 1.0, -1.0]
+        assert bool(back[3:6].isnan().all())
+        assert back[6:].tolist() == [-math.inf, math.inf, math.inf]
+
+
+@pytest.mark.parametrize("size", [None, 4])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_memory_layout(dtype: torch.dtype, size: Optional[int]) -> None:
+    compressor, v = BlockSign(size), vector(24, dtype).view(4, 6)
+    for view in (v.t(), v[:, ::2], v[1:, 1:], v.expand(3, 4, 6), v[:, 3], v[0, 0], v[:, :0]):
+        back = compressor.decode(compressor.encode(view))
+        assert back.shape == view.shape
+        assert torch.equal(back, compressor.decode(compressor.encode(view.contiguous())))
+
+
+def test_a_payload_is_a_copy() -> None:
+    """Training goes on while it travels."""
+    v = vector(30)
+    payload = BlockSign(7).encode(v)
+    before, kept = payload.values.clone(), BlockSign(7).decode(payload)
+    again = kept.clone()
+    v.fill_(-9)
+    assert torch.equal(payload.values, before)
+    payload.values.zero_()
+    assert torch.equal(kept, again)
+    assert not BlockSign().decode(BlockSign().encode(v.requires_grad_())).requires_grad
+
+
+# -- a bucket ------------------------------------------------------------------------------------------
+
+
+@examples
+@given(numbers, sizes, st.sampled_from(WIDE), st.integers(0, 9))
+def test_a_bucket_is_its_tensors(numels: list[int], size: Optional[int], dtype: torch.dtype, seed: int) -> None:
+    compressor, layout = BlockSign(size), named(numels)
+    n, places = layout.total, blocks(numels, size)
+    flat = vector(n, dtype, seed)
+    before = flat.clone()
+    codec = compressor.codec(layout, dtype, CPU)
+    wire = encoded(codec, flat)
+    assert torch.equal(flat, before), "encode must not touch its input"
+    assert codec.dtype == torch.uint8
+    at = (n + 31) // 32 * 4
+    assert codec.numel == -(-(at + 4 * len(places)) // 8) * 8
+    assert not wire[-(-n // 8) : at].any() and not wire[at + 4 * len(places) :].any(), "padding"
+
+    scales, sign = unpack(wire, n, len(places), at)
+    parts = torch.split(flat, numels) if numels else ()
+    decoded = torch.cat([flat[:0], *(compressor.decode(compressor.encode(part)) for part in parts)])
+    np.testing.assert_array_equal(sign, reference(flat.numpy(), places)[1])
+    values = spread(scales, places, n) * sign
+    np.testing.assert_allclose(values, decoded.numpy(), rtol=1e-6)
+
+    # One product for each block, one sum for each element.
+    factors = scales.astype(flat.numpy().dtype) * flat.numpy().dtype.type(-1.5)
+    added = vector(n, dtype, seed + 1)
+    expected = added.numpy() + spread(factors, places, n) * sign.astype(factors.dtype)
+    codec.accumulate(wire, added, -1.5)
+    np.testing.assert_array_equal(added.numpy(), expected)
+
+    # Mass: what stays is v - C(v), to the last bit.
+    codec.accumulate(wire, flat, -1.0)
+    np.testing.assert_array_equal(flat.numpy(), before.numpy() - values.astype(before.numpy().dtype))
+
+
+@pytest.mark.parametrize("size", [None, 1000, 5])
+@pytest.mark.parametrize("dtype", WIDE)
+def test_long_vectors(dtype: torch.dtype, size: Optional[int]) -> None:
+    """Several tiles of the compiled loops, borders at odd places."""
+    numels = [100_003, 1, 0, 33, 70_000, 4096]
+    flat, places = vector(sum(numels), dtype, 3), blocks(numels, size)
+    codec = BlockSign(size).codec(named(numels), dtype, CPU)
+    wire, out = encoded(codec, flat), torch.zeros_like(flat)
+    codec.accumulate(wire, out, 1.0)
+    scales, sign = reference(flat.numpy(), places)
+    np.testing.assert_allclose(out.numpy(), spread(scales, places, len(flat)) * sign, rtol=2e-5)
+    assert torch.equal(encoded(codec, flat), wire), "the same every time"
+
+
+def test_threads_cut_at_whole_bytes(loops: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    numels = [5003, 1, 77, 12_000]
+    flat = vector(sum(numels))
+    codec = BlockSign(100).codec(named(numels), torch.float32, CPU)
+    wire, out = encoded(codec, flat), flat.clone()
+    codec.accumulate(wire, out, 0.5)
+    monkeypatch.setattr(native, "GRAIN", 1000)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert len(native.bounds(len(flat), 8)) == 4
+    other, threaded = encoded(codec, flat), flat.clone()
+    codec.accumulate(wire, threaded, 0.5)
+    assert torch.equal(out, threaded)
+    at = -(-len(flat) // 32) * 4
+    assert torch.equal(other[:at], wire[:at])
+    torch.testing.assert_close(other[at:].view(torch.float32), wire[at:].view(torch.float32))
+    assert torch.equal(encoded(codec, flat), other)
+
+
+def test_the_loops_refuse_what_does_not_fit(loops: str) -> None:
+    v, bits, ends = torch.zeros(20), torch.zeros(3, dtype=torch.uint8), np.array([20])
+    for flat, packed, where in ((v[:17], bits, ends), (v, bits[:2], ends), (v, bits, ends[:0]), (v, bits, ends + 1),
+                                (v, bits, ends.astype(np.int32))):  # fmt: skip
+        with pytest.raises(ValueError, match="blocks"):
+            signs.pack(flat, packed, where)
+    with pytest.raises(ValueError, match="1 float32 factors"):
+        signs.add(bits, v, ends, np.zeros(2, dtype=np.float32))
+    assert signs.applies(v, bits) == (loops == "native")
+    assert not signs.applies(v.double(), bits)
+    assert not signs.applies(v[::2], bits)
+
+
+# -- shards --------------------------------------------------------------------------------------------
+
+
+@examples
+@given(numbers, sizes, st.sampled_from(WIDE), st.lists(st.integers(0, 60), max_size=5), st.integers(0, 9))
+def test_shards_decode_to_the_whole(
+    numels: list[int], size: Optional[int], dtype: torch.dtype, cuts: list[int], seed: int
+) -> None:
+    compressor, layout = BlockSign(size), named(numels)
+    n = layout.total
+    borders = [0, *sorted(min(8 * cut, n) for cut in cuts), n]
+    flat, background = vector(n, dtype, seed), vector(n, dtype, seed + 1)
+    whole, expected = compressor.codec(layout, dtype, CPU), background.clone()
+    whole.accumulate(encoded(whole, flat), expected, -0.3)
+
+    shards = compressor.sharded(layout, borders, dtype, CPU)
+    assert shards.borders == borders
+    wires = [torch.full((codec.numel,), 255, dtype=codec.dtype) for codec in shards.codecs]
+    shards.begin(0)
+    shards.encode(flat, wires)
+    for j, (codec, wire) in enumerate(zip(shards.codecs, wires)):
+        codec.accumulate(wire, shards.shard(background, j), -0.3)
+        start, stop = borders[j], borders[j + 1]
+        touched = sum(b.start < stop and b.stop > start for b in blocks(numels, size)) if start < stop else 0
+        at = (stop - start + 31) // 32 * 4
+        assert codec.numel == -(-(at + 4 * touched) // 8) * 8
+        assert not wire[-(-(stop - start) // 8) : at].any() and not wire[at + 4 * touched :].any(), "padding"
+    assert torch.equal(background, expected)
+
+
+def test_borders_within_a_byte_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"borders=\[0, 12, 20\].*multiples of 8"):
+        BlockSign().sharded(named([20]), [0, 12, 20], torch.float32, CPU)
+
+
+def test_a_shard_by_itself_has_blocks_of_its_own() -> None:
+    """A codec of a cut layout knows nothing of what was cut off."""
+    layout, flat = named([16]), torch.cat((torch.full((8,), 1.0), torch.full((8,), 3.0)))
+    out = torch.zeros(8)
+    codec = BlockSign().codec(layout.cut(8, 16), torch.float32, CPU)
+    codec.accumulate(encoded(codec, flat[8:]), out, 1.0)
+    assert out.tolist() == [3.0] * 8
+    shards = BlockSign().sharded(layout, [0, 8, 16], torch.float32, CPU)
+    wires = [torch.empty(codec.numel, dtype=torch.uint8) for codec in shards.codecs]
+    shards.encode(flat, wires)
+    out.zero_()
+    shards.codecs[1].accumulate(wires[1], out, 1.0)
+    assert out.tolist() == [2.0] * 8
+
+
+def test_it_works_without_the_extension(loops: str) -> None:
+    """Both loops write the same bytes, up to the rounding of sums."""
+    flat = vector(1000)
+    codec = BlockSign(64).codec(named([990, 10]), torch.float32, CPU)
+    wire = encoded(codec, flat)
+    bits = np.packbits(flat.numpy() >= 0, bitorder="little")
+    assert wire[:125].tolist() == bits.tolist()
