@@ -240,9 +240,11 @@ class Reducer:
                     self._start(index)
             names = [self.names[p] for p in self._partition.sparse]
             waits = sparse.launch(self.link, self._partition.sparse, names, self.reduction.op)
-            for index in sorted(self._started):
+            # In one order on every rank, whatever the order of hooks: later rounds are launched here.
+            order = sorted(self._started)
+            for index in order:
                 self.states[index].advance()
-            for index in self._started:
+            for index in order:
                 self._deliver(cast(GradientState, self.states[index]))
             for parameter, wait in zip(self._partition.sparse, waits):
                 parameter.grad = wait()

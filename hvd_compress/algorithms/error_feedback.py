@@ -127,6 +127,9 @@ class _EFState(GradientState):
                 self._targets[i] = _zeroed(gradient, view, self.bucket.dtype)
         self._context.recorder.encode_seconds(time.perf_counter() - begin)
 
+    def advance(self) -> None:
+        self._exchange.answer()
+
     def finish(self) -> list[Tensor]:
         self._exchange.wait()
         begin = time.perf_counter()

@@ -53,7 +53,7 @@ class Context(NamedTuple):
 class Exchange(abc.ABC):
     """One-way compression: every rank sends its payload, every rank gets the aggregate.
 
-    A step calls ``begin``, ``encode``, ``launch``, ``wait`` and then what it needs of the rest. Until ``wait``
+    A step calls ``begin``, ``encode``, ``launch``, ``answer``, ``wait``, then what it needs of the rest. Until ``wait``
     has returned nothing has changed but buffers of the exchange: a failed collective loses nothing.
     """
 
@@ -72,6 +72,9 @@ class Exchange(abc.ABC):
     @abc.abstractmethod
     def launch(self) -> None:
         """Send the payload."""
+
+    def answer(self) -> None:  # noqa: B027
+        """All buckets have been launched: take what has arrived and send what depends on it, if there are rounds."""
 
     def wait(self) -> None:
         """Wait until the aggregate is there.

@@ -33,15 +33,20 @@ class JointExchange(Exchange):
     def launch(self) -> None:
         self._rings[0].launch()
 
-    def receive(self) -> None:
+    def answer(self) -> None:
         assert self._flat is not None
-        for index, ring in enumerate(self._rings):
-            if index:
-                self._codec.encode(index, self._flat, ring.buffer)
-                ring.launch()
-            ring.wait()
-            self._codec.receive(index, ring.buffer)
+        for index in range(1, len(self._rings)):
+            self._take(index - 1)
+            self._codec.encode(index, self._flat, self._rings[index].buffer)
+            self._rings[index].launch()
+
+    def receive(self) -> None:
+        self._take(len(self._rings) - 1)
         self._flat = None
+
+    def _take(self, index: int) -> None:
+        self._rings[index].wait()
+        self._codec.receive(index, self._rings[index].buffer)
 
     def keep_back(self, residual: Tensor) -> None:
         self._codec.accumulate(residual, -1.0)

@@ -40,6 +40,9 @@ class StagedExchange(Exchange):
     def launch(self) -> None:
         self._current.launch()
 
+    def answer(self) -> None:
+        self._current.answer()
+
     def receive(self) -> None:
         self._current.receive()
 

@@ -85,9 +85,10 @@ def launch(
 
 
 @functools.cache
-def run_job(path: Path, ranks: int, launcher: str) -> Outcome:
+def run_job(path: Path, ranks: int, launcher: str, full: bool) -> Outcome:
     """One launch of a job file; later calls return the same outcome."""
-    return launch([sys.executable, str(path)], ranks, launcher)
+    env = {"HVD_COMPRESS_FULL": "1"} if full else {}
+    return launch([sys.executable, str(path)], ranks, launcher, env=env)
 
 
 def collect() -> list[tuple[Path, int, str, str, bool]]:
@@ -109,9 +110,9 @@ def collect() -> list[tuple[Path, int, str, str, bool]]:
     return found
 
 
-def verify(path: Path, ranks: int, launcher: str, check: str) -> None:
+def verify(path: Path, ranks: int, launcher: str, check: str, full: bool) -> None:
     """Fail with every rank's story unless all ranks noted that ``check`` went well."""
-    outcome = run_job(path, ranks, launcher)
+    outcome = run_job(path, ranks, launcher, full)
     stories = []
     for rank, notes in enumerate(outcome.notes):
         story = notes.get(check, "never finished (or never began)")

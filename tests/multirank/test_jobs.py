@@ -10,7 +10,7 @@ from tests.multirank import harness
 
 CASES = [
     pytest.param(
-        path, ranks, launcher, check,
+        path, ranks, launcher, check, full,
         id=f"{path.stem}-{check.removeprefix('check_')}-{launcher}{ranks}",
         marks=[pytest.mark.full] if full else [],
     )
@@ -18,6 +18,6 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("path", "ranks", "launcher", "check"), CASES)
-def test_job(path: Path, ranks: int, launcher: str, check: str) -> None:
-    harness.verify(path, ranks, launcher, check)
+@pytest.mark.parametrize(("path", "ranks", "launcher", "check", "full"), CASES)
+def test_job(path: Path, ranks: int, launcher: str, check: str, full: bool) -> None:
+    harness.verify(path, ranks, launcher, check, full)

@@ -9,14 +9,13 @@ import harness
 import horovod.torch as hvd
 import torch
 from common import close, flat, loss_of, network, raises, same_everywhere, train, wrap
+from everything import BLOCKS, EXACT, LOSSY
 from torch import nn
 
 from hvd_compress import DEF, EF, Dense, DistributedOptimizer, Identity, RandomBlock
 
 RANKS = (2, 3)
 FULL_RANKS = (4,)
-EXACT = (Dense(), EF(Identity()), DEF(Identity()))  # equal to data-parallel training
-LOSSY = (EF(RandomBlock(density=0.25)), DEF(RandomBlock(density=0.25)))
 
 
 def sgd(model: nn.Module, lr: float = 0.1, **kwargs: Any) -> torch.optim.SGD:
@@ -79,7 +78,7 @@ def check_sum_is_average_times_size() -> None:
 
 
 def check_predivide() -> None:
-    for compression in (*EXACT, *LOSSY):
+    for compression in (*EXACT, *BLOCKS):
         results = []
         for factor in (1.0, 4.0):
             model = network(torch.float64)
@@ -116,7 +115,7 @@ def check_backward_passes_per_step() -> None:
 
 
 def check_groups_change_nothing() -> None:
-    for compression in (*EXACT, *LOSSY):
+    for compression in (*EXACT, *BLOCKS):
         results = []
         for form in (None, 1, 3, "lists"):
             model = network()

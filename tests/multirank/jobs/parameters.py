@@ -8,14 +8,13 @@ import harness
 import horovod.torch as hvd
 import torch
 from common import close, flat, loss_of, network, same_everywhere, train, wrap
+from everything import EXACT, LOSSY
 from torch import nn
 
 from hvd_compress import DEF, EF, Dense, Identity, RandomBlock
 
 RANKS = (2,)
 FULL_RANKS = (3, 4)
-EXACT = (Dense(), EF(Identity()), DEF(Identity()))
-LOSSY = (EF(RandomBlock(density=0.25)), DEF(RandomBlock(density=0.25)))
 
 
 class Forked(nn.Module):

@@ -8,18 +8,19 @@ import os
 import warnings
 from typing import Any
 
+import everything
 import harness
 import horovod.torch as hvd
 import torch
 from common import close, flat, loss_of, network, raises, same_everywhere, saved, train, wrap
+from everything import BLOCK
 from horovod.torch.elastic import TorchState
 
-from hvd_compress import DEF, EF, Dense, Identity, RandomBlock
+from hvd_compress import DEF, EF, Dense, Identity
 
 RANKS = (2,)
 FULL_RANKS = (1, 3, 4)
-BLOCK = RandomBlock(density=0.25)
-LOSSY = (EF(BLOCK), DEF(BLOCK), DEF(BLOCK, 0.0), DEF(BLOCK, "auto"))
+LOSSY = (*everything.LOSSY, DEF(BLOCK, 0.0), DEF(BLOCK, "auto"))
 
 
 def make(compression: Any, dtype: torch.dtype = torch.float32, seed: int = 0, **kwargs: Any) -> tuple[Any, Any]:
