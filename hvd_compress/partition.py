@@ -26,8 +26,10 @@ class Partition:
 
     def __init__(self, algorithm: Algorithm, context: Context, groups: Groups, sparse_as_dense: bool) -> None:
         self._algorithm, self._context, self._groups = algorithm, context, groups
-        # Updates are dense whatever the gradients; a joining elastic rank could not take part in agreeing.
-        self._finds_sparse = not (algorithm.exchanges_updates or sparse_as_dense or is_elastic())
+        # Updates are dense whatever the gradients. Buckets of local models are cut when a state is loaded, perhaps
+        # on one rank only, and a joining elastic rank comes late: no time to agree.
+        dense = algorithm.exchanges_updates or algorithm.local_models or sparse_as_dense
+        self._finds_sparse = not (dense or is_elastic())
         self.states: list[State] = []
         self.sparse: list[Parameter] = []
         self.home: dict[Parameter, int] = {}

@@ -13,7 +13,7 @@ from typing import Any, Mapping, Optional, Sequence
 import torch
 from torch import Tensor
 
-from hvd_compress.algorithms.base import HELD_BACK, State, UpdateState
+from hvd_compress.algorithms.base import HELD_BACK, OWN, State, UpdateState
 from hvd_compress.reducer import Reducer
 
 KEY = "hvd_compress"
@@ -52,19 +52,19 @@ def may_restore_residual(saved: Mapping[str, Any], owner: str, rank: int, size: 
 def restore(states: Sequence[State], saved: Mapping[str, Any], own: bool) -> list[State]:
     """Copy saved buffers and scalars back; returns the states whose shared model was found.
 
-    Buffers that are not in ``saved`` (a parameter added since) are left as they are. With ``own`` False what
-    the saved state's rank held back is left out.
+    Buffers that are not in ``saved`` (a parameter added since) are left as they are. With ``own`` False the
+    caller is to empty what was held back afterwards.
     """
     restored = []
     for state in states:
         names = state.bucket.layout.names
         for kind, mirror in state.buffers().items():
-            if kind in HELD_BACK and not own:
-                continue
+            foreign = kind in OWN and not own
             stored = saved["buffers"].get(kind, {})
             for name, view in zip(names, mirror.views):
                 source: Optional[Tensor] = stored.get(name)
-                if source is None:
+                # Another rank's residual still tells its point from a model of the user's; its shards are not ours.
+                if source is None or (foreign and (kind == "local" or source.shape != view.shape)):
                     continue
                 if source.shape != view.shape:
                     raise ValueError(
@@ -160,7 +160,7 @@ class Keeper:
                 _empty(state)
             return
         reducer.step, reducer.local_steps_done = saved["step"], saved["local_steps_done"]
-        if reducer.algorithm.exchanges_updates:
+        if reducer.algorithm.exchanges_updates or reducer.algorithm.local_models:
             reducer.build()  # needs no other rank here, and the next forward pass starts from the right point
         if reducer.states:
             self._restore(reducer.states, saved)

@@ -19,8 +19,10 @@ from hvd_compress.collectives import Link
 from hvd_compress.compressors import Combine, Compressor, Warmup
 from hvd_compress.exchange import Context
 
-# Kinds of buffers that are this rank's own; others ("shared", "warm") are the same on every rank.
+# Kinds of buffers that hold what this rank owes, and all that are its own: others ("shared", "warm") are the
+# same on every rank.
 HELD_BACK = frozenset({"residual", "server"})
+OWN = HELD_BACK | {"local"}
 
 
 class Rate(NamedTuple):
@@ -50,7 +52,7 @@ class BucketState(abc.ABC):
 
     @abc.abstractmethod
     def buffers(self) -> dict[str, Mirror]:
-        """Vectors that must survive a checkpoint, by kind: "shared", those of HELD_BACK, or others."""
+        """Vectors that must survive a checkpoint, by kind: "shared", those of OWN, or others."""
 
     def scalars(self) -> dict[str, Any]:
         """Numbers that must survive a checkpoint."""
@@ -201,9 +203,11 @@ class Algorithm(abc.ABC):
     Attributes:
         exchanges_updates: False: gradients are exchanged before the wrapped optimizer steps; True: the
             wrapped optimizer steps first, locally, and what it subtracted is exchanged.
+        local_models: gradients are exchanged, and yet each rank trains a model of its own.
     """
 
     exchanges_updates: ClassVar[bool] = False
+    local_models: ClassVar[bool] = False
     local_steps: int = 1  # of the wrapped optimizer, per exchange
     clip_norm: Optional[float] = None  # of the local gradients, before they become momentum
 

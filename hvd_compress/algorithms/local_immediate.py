@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import Any, Mapping, Optional, Sequence
+from typing import Any, ClassVar, Mapping, Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -42,6 +42,8 @@ class LIEC(Algorithm):
         ValueError: if an argument is not allowed.
     """
 
+    local_models: ClassVar[bool] = True
+
     compressor: Compressor = field(default_factory=BlockSign)
     averaging_period: int = 32
     rescale_residual: bool = True
@@ -61,13 +63,18 @@ class LIEC(Algorithm):
 
 
 class _LIECState(GradientState):
-    """``_direction`` holds g_k, then r_k, then d_k; the server's error is in gradient units of the last rate."""
+    """``_direction`` holds g_k, then r_k, then d_k; the server's error is in gradient units of the last rate.
+
+    The parameters are views of a flat vector that is saved with the state: the model of a checkpoint is the mean.
+    """
 
     replicated = False
 
     def __init__(self, config: LIEC, bucket: Bucket, context: Context) -> None:
         self.bucket, self._config, self._context = bucket, config, context
         self._exchange = TwoWayExchange(bucket, config.compressor, config.compressor, context)
+        self._local = bucket.mirror(bucket.dtype)
+        bucket.adopt(self._local)
         self._direction = bucket.mirror(bucket.state_dtype)
         self._out = self._direction if bucket.dtype == bucket.state_dtype else bucket.mirror(bucket.dtype)
         self._carried: Optional[Tensor] = None  # a former owner's error, after the number of ranks has changed
@@ -76,7 +83,9 @@ class _LIECState(GradientState):
         self._lr, self._loss_scale = 0.0, 1.0
 
     def buffers(self) -> dict[str, Mirror]:
-        return {"server": self._exchange.mirror()}
+        if any(p.data_ptr() != v.data_ptr() for p, v in zip(self.bucket.parameters, self._local.views)):
+            self.bucket.adopt(self._local)  # somebody gave a parameter new storage
+        return {"server": self._exchange.mirror(), "local": self._local}
 
     def scalars(self) -> dict[str, Any]:
         return {"lr": self._lr}

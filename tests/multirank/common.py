@@ -82,6 +82,14 @@ def saved(optimizer: Any, kind: str) -> Tensor:
     return torch.cat([buffers[name].detach().reshape(-1) for name in reference.SHAPES]).clone()
 
 
+def held(optimizer: Any) -> Tensor:
+    """All that this rank holds back, as worker and as server, as one vector."""
+    buffers = optimizer.state_dict()["hvd_compress"]["buffers"]
+    kinds = [buffers.get(kind, {}) for kind in ("residual", "server")]
+    found = [kind[name] for kind in kinds for name in reference.SHAPES if name in kind]
+    return torch.cat([tensor.detach().reshape(-1) for tensor in found]).clone()
+
+
 def raises(kind: type[BaseException], *fragments: str, call: Callable[[], Any]) -> None:
     """Fail unless ``call`` raises ``kind`` with every fragment in its message."""
     with pytest.raises(kind) as caught:

@@ -7,7 +7,7 @@ from typing import Any
 import harness
 import horovod.torch as hvd
 import torch
-from common import close, flat, loss_of, network, same_everywhere, saved, wrap
+from common import close, flat, held, loss_of, network, same_everywhere, wrap
 from everything import EXACT, LOSSY
 
 from hvd_compress import DEF, EF, Dense, RandomBlock
@@ -51,7 +51,7 @@ def check_scaled_training_equals_unscaled() -> None:
             assert scaler.get_scale() > SCALE
             close(flat(model), flat(plain), 1e-9, f"parameters with {compression}, recipe={recipe}")
             if compression != Dense():
-                close(saved(optimizer, "residual") + 1, saved(twin, "residual") + 1, 1e-9, "residual")
+                close(held(optimizer) + 1, held(twin) + 1, 1e-9, "residual")
 
 
 def check_overflow_on_one_rank_skips_everywhere() -> None:
@@ -63,12 +63,12 @@ def check_overflow_on_one_rank_skips_everywhere() -> None:
             for t in range(3):
                 step(model, optimizer, scaler, t, recipe)
             before = flat(model)
-            owed = saved(optimizer, "residual") if compression != Dense() else before
+            owed = held(optimizer) if compression != Dense() else before
             steps = optimizer.stats().steps
             step(model, optimizer, scaler, 3, recipe, infinite=hvd.rank() == hvd.size() - 1)
             assert torch.equal(flat(model), before), f"parameters moved with {compression}, recipe={recipe}"
             if compression != Dense():
-                assert torch.equal(saved(optimizer, "residual"), owed), f"residual touched by {compression}"
+                assert torch.equal(held(optimizer), owed), f"residual touched by {compression}"
             assert optimizer.stats().steps == steps
             same_everywhere(torch.tensor([scaler.get_scale()]), "loss scale")
             assert scaler.get_scale() == SCALE / 2, f"{scaler.get_scale()} with {compression}, recipe={recipe}"

@@ -12,7 +12,7 @@ import everything
 import harness
 import horovod.torch as hvd
 import torch
-from common import close, flat, loss_of, network, raises, same_everywhere, saved, train, wrap
+from common import close, flat, held, loss_of, network, raises, same_everywhere, saved, train, wrap
 from everything import BLOCK
 from horovod.torch.elastic import TorchState
 
@@ -60,7 +60,7 @@ def check_resume_is_bit_exact() -> None:
             train(again, resumed, 10, rate, first=10)
             what = f"{compression}, at_consensus={at_consensus}"
             assert torch.equal(flat(again), flat(model)), what
-            assert torch.equal(saved(resumed, "residual"), saved(optimizer, "residual")), what
+            assert torch.equal(held(resumed), held(optimizer)), what
             with resumed.consensus():
                 same_everywhere(flat(again), f"x after resuming, {what}")
 
@@ -153,10 +153,10 @@ def check_broadcast_of_optimizer_state() -> None:
                 same_everywhere(flat(model), f"x with {compression}")
             if compression == Dense():
                 continue
-            owed = saved(optimizer, "residual")
+            owed = held(optimizer)
             hvd.broadcast_parameters(model.state_dict(), root_rank=0)
             hvd.broadcast_optimizer_state(optimizer, root_rank=0)
-            assert torch.equal(saved(optimizer, "residual"), owed), "a broadcast must not touch residuals"
+            assert torch.equal(held(optimizer), owed), "a broadcast must not touch residuals"
 
 
 def check_parameters_broadcast_in_mid_training_become_the_model() -> None:
@@ -165,13 +165,13 @@ def check_parameters_broadcast_in_mid_training_become_the_model() -> None:
     for compression in LOSSY:
         model, optimizer = make(compression)
         train(model, optimizer, 5, rate)
-        owed = saved(optimizer, "residual")
+        owed = held(optimizer)
         if hvd.rank() == 0:
             model.load_state_dict(network(seed=4).state_dict())
         hvd.broadcast_parameters(model.state_dict(), root_rank=0)
         with optimizer.consensus():
             assert torch.equal(flat(model), flat(network(seed=4))), f"x with {compression}"
-        assert torch.equal(saved(optimizer, "residual"), owed)
+        assert torch.equal(held(optimizer), owed)
         train(model, optimizer, 1, lambda t: 0.0, first=5)
         hvd.broadcast_parameters(model.state_dict(), root_rank=0)  # of rank 0's own point: nothing was loaded
         point = flat(model)
@@ -202,17 +202,17 @@ def check_elastic_save_restore_sync() -> None:
         state.sync()
         train(model, optimizer, 5, rate)
         state.save()
-        point, owed = flat(model), saved(optimizer, "residual")
+        point, owed = flat(model), held(optimizer)
         train(model, optimizer, 3, rate, first=5)
         end = flat(model)
         state.restore()
         assert torch.equal(flat(model), point)
-        assert torch.equal(saved(optimizer, "residual"), owed)
+        assert torch.equal(held(optimizer), owed)
         train(model, optimizer, 3, rate, first=5)
         assert torch.equal(flat(model), end), f"restored run differs with {compression}"
-        owed = saved(optimizer, "residual")
+        owed = held(optimizer)
         state.sync()
-        assert torch.equal(saved(optimizer, "residual"), owed), "sync leaves a survivor's residual alone"
+        assert torch.equal(held(optimizer), owed), "sync leaves a survivor's residual alone"
         train(model, optimizer, 3, rate, first=8)
         with optimizer.consensus():
             same_everywhere(flat(model), f"x after sync, {compression}")
