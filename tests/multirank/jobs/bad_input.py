@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Callable
 
 import harness
 import horovod.torch as hvd
@@ -11,7 +12,24 @@ from common import network, raises, wrap
 from torch import nn
 
 import hvd_compress
-from hvd_compress import DEF, EF, Dense, DistributedOptimizer, RandomBlock
+from hvd_compress import (
+    DEF,
+    EF,
+    LIEC,
+    BlockSign,
+    CountSketch,
+    Dense,
+    DistEF,
+    DistributedOptimizer,
+    GlobalSketch,
+    GlobalTopK,
+    LowRank,
+    Policy,
+    RandomBlock,
+    RandomK,
+    TopK,
+    Warmup,
+)
 
 RANKS = (3,)
 FULL_RANKS = (2,)
@@ -33,6 +51,32 @@ def check_values_of_compression() -> None:
     raises(ValueError, "Lossy", "EF(", call=lambda: attempt(model, Dense(RandomBlock())))
     raises(ValueError, "RandomBlock", "EF(", call=lambda: attempt(model, RandomBlock()))
     raises(ValueError, "compression='def'", call=lambda: attempt(model, "def"))
+
+
+def check_values_of_the_other_papers() -> None:
+    model = network()
+    wrong: list[tuple[Callable[[], object], tuple[str, ...]]] = [
+        (lambda: EF(TopK(density=0)), ("TopK", "density", "0")),
+        (lambda: EF(RandomK(density=1.5)), ("RandomK", "density", "1.5")),
+        (lambda: DistEF(BlockSign(block_size=0)), ("BlockSign", "block_size=0")),
+        (lambda: DistEF(LowRank()), ("DistEF", "LowRank", "EF(...)")),
+        (lambda: DistEF(BlockSign(), CountSketch()), ("DistEF", "server_compressor", "CountSketch", "GlobalSketch")),
+        (lambda: DistEF(Warmup(TopK())), ("DistEF", "Warmup", "EF(...)")),
+        (lambda: EF(CountSketch()), ("EF", "CountSketch", "GlobalSketch")),
+        (lambda: DEF(BlockSign(), "auto"), ("DEF", "coefficient='auto'", "BlockSign")),
+        (lambda: DEF(BlockSign(), masking=True), ("DEF", "masking", "BlockSign")),
+        (lambda: DEF(TopK(), clip_norm=-1.0), ("DEF", "clip_norm=-1.0")),
+        (lambda: LIEC(averaging_period=0), ("LIEC", "averaging_period=0")),
+        (lambda: GlobalSketch(TopK()), ("GlobalSketch", "sketch=TopK", "CountSketch")),
+        (lambda: GlobalSketch(exchange="ring"), ("GlobalSketch", "exchange='ring'", "allgather")),
+        (lambda: GlobalSketch(k=0), ("GlobalSketch", "k=0")),
+        (lambda: GlobalTopK(density=2), ("GlobalTopK", "density", "2")),
+        (lambda: Warmup(BlockSign()), ("Warmup", "BlockSign", "density")),
+        (lambda: Policy(EF(TopK()), groups={0: DEF(TopK())}), ("Policy", "DEF", "gradients", "updates")),
+        (lambda: Policy(EF(TopK()), patterns={3: Dense()}), ("Policy", "patterns")),
+    ]
+    for build, fragments in wrong:
+        raises(ValueError, *fragments, call=lambda b=build: attempt(model, b()))
 
 
 def check_reduction() -> None:

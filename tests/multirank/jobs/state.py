@@ -14,6 +14,7 @@ import horovod.torch as hvd
 import torch
 from common import close, flat, held, loss_of, network, raises, same_everywhere, saved, train, wrap
 from everything import BLOCK
+from horovod.common.exceptions import HorovodInternalError
 from horovod.torch.elastic import TorchState
 
 from hvd_compress import DEF, EF, Dense, Identity
@@ -267,6 +268,21 @@ def check_joined_ranks_do_not_stop_random_blocks() -> None:
         train(model, optimizer, 3 + 2 * hvd.rank(), rate)
         hvd.join()
         assert torch.isfinite(flat(model)).all()
+
+
+def check_joined_ranks_are_a_clear_error_elsewhere() -> None:
+    if hvd.size() == 1:
+        return
+    for compression in (EF(TopK(0.25)), DEF(BlockSign()), DistEF(), LIEC(averaging_period=100)):
+        model, optimizer = make(compression)
+        train(model, optimizer, 3, rate)
+        if hvd.rank() > 0:
+            owed = held(optimizer)
+            raises(HorovodInternalError, "hvd.join()", f"rank {hvd.rank()}", "RandomBlock",
+                   call=lambda m=model, o=optimizer: train(m, o, 1, rate, first=3))
+            if not optimizer._reducer.algorithm.exchanges_updates and not isinstance(compression, EF):
+                assert torch.equal(held(optimizer), owed)
+        hvd.join()
 
 
 def check_replica_check_stops_every_rank() -> None:

@@ -1,0 +1,147 @@
+"""The other papers' algorithms on an accelerator, without one: see test_devices."""
+
+from __future__ import annotations
+
+from typing import Any, Callable, Iterator, Optional, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from hvd_compress import (
+    DEF,
+    EF,
+    LIEC,
+    Algorithm,
+    Average,
+    BlockSign,
+    CountSketch,
+    DistEF,
+    GlobalSketch,
+    Identity,
+    LowRank,
+    RandomBlock,
+    RandomK,
+    Sum,
+    TopK,
+    Warmup,
+)
+from hvd_compress.algorithms.base import GradientState, Rate, UpdateState
+from hvd_compress.buckets import Bucket
+from hvd_compress.collectives import Pending
+from hvd_compress.exchange import Context, Reduction, TwoWayExchange
+from hvd_compress.telemetry import Recorder
+from tests.unit.test_codec_devices import Uploading
+from tests.unit.test_devices import DEVICE, StubLink, bucket
+
+GATHERED = [TopK(density=0.1), TopK(density=0.1, sampled=True), BlockSign(), BlockSign(block_size=16)]
+OTHERS = [RandomK(density=0.2), LowRank(rank=2), Warmup(TopK(0.1), densities=(1.0, 0.5), steps=1)]
+GRADIENT_ALGORITHMS: list[Algorithm] = [
+    *(EF(c) for c in (*GATHERED, *OTHERS)), LIEC(averaging_period=3), LIEC(TopK(0.2), 2), LIEC(Identity(), 2),
+    LIEC(RandomBlock(0.25), 2, rescale_residual=False),
+]  # fmt: skip
+UPDATE_ALGORITHMS: list[Algorithm] = [
+    *(DEF(c) for c in (*GATHERED, *OTHERS)), DEF(TopK(0.1), 0.0, masking=True), DEF(RandomBlock(0.2), masking=True),
+    DEF(RandomK(0.2), masking=True), DistEF(), DistEF(TopK(0.1), BlockSign()), DistEF(rescale_residual=False),
+    GlobalSketch(CountSketch(columns=9, rows=3)), GlobalSketch(CountSketch(density=1.0), "allgather", masking=False),
+]  # fmt: skip
+CASES = [(torch.float32, Reduction()), (torch.bfloat16, Reduction(Sum)), (torch.float64, Reduction(Average, 2.0))]
+cases = pytest.mark.parametrize(("dtype", "reduction"), CASES, ids=str)
+
+
+class GatheringLink(StubLink):
+    """Also allgather and alltoall, each rank having sent the same; owners of shards answer ``answer`` bytes."""
+
+    answer = 0
+
+    def allgather_async(self, tensor: Tensor, name: str) -> Pending:
+        self.calls.append((name, tensor.dtype, tensor.numel(), -1))
+        if name.endswith(".down"):
+            return Pending(None, torch.zeros(self.answer, dtype=tensor.dtype, device=tensor.device))
+        return Pending(None, torch.cat([tensor] * self.size))
+
+    def alltoall_async(self, tensor: Tensor, splits: Tensor, name: str) -> Pending:
+        assert splits.dtype == torch.int32
+        assert splits.device.type == "cpu"
+        assert int(splits.sum()) == tensor.numel()
+        self.calls.append((name, tensor.dtype, tensor.numel(), -2))
+        return Pending(None, (torch.cat([tensor[: int(splits[0])]] * self.size), splits))
+
+
+@pytest.fixture
+def accelerator(monkeypatch: pytest.MonkeyPatch) -> Iterator[Uploading]:
+    real_address: Callable[[Tensor], int] = Tensor.data_ptr
+
+    def address(tensor: Tensor) -> int:  # all meta tensors have address 0
+        if tensor.device != DEVICE:
+            return real_address(tensor)
+        return int(tensor.untyped_storage()._cdata + tensor.storage_offset() * tensor.element_size())
+
+    monkeypatch.setattr(Tensor, "data_ptr", address)
+    with Uploading() as mode:
+        yield mode
+    assert mode.operations, "nothing ran on the device: the test proves nothing"
+
+
+def attach(
+    algorithm: Algorithm, dtype: torch.dtype, reduction: Reduction, momenta: Sequence[int] = ()
+) -> tuple[Bucket, GatheringLink, Any]:
+    b, link = bucket(dtype), GatheringLink()
+    kept: dict[Any, dict[str, Any]] = {
+        b.parameters[i]: {"momentum_buffer": torch.empty_like(b.parameters[i])} for i in momenta
+    }
+    state: Any = algorithm.attach(
+        b, Context(link, reduction, Recorder(), lambda p: kept.setdefault(p, {})),  # type: ignore[arg-type]
+    )
+    exchange = getattr(state, "_exchange", None)
+    if isinstance(exchange, TwoWayExchange):
+        link.answer = sum(exchange._answers.lengths)
+    return b, link, state
+
+
+def stable(link: StubLink) -> None:
+    """Fail unless every collective has one size, dtype and op."""
+    assert len({call[0] for call in link.calls}) == len(set(link.calls)), link.calls
+
+
+@cases
+@pytest.mark.parametrize("algorithm", GRADIENT_ALGORITHMS, ids=str)
+def test_gradient_algorithms(
+    accelerator: Uploading, algorithm: Algorithm, dtype: torch.dtype, reduction: Reduction
+) -> None:
+    b, link, state = attach(algorithm, dtype, reduction)
+    assert isinstance(state, GradientState)
+    own: list[Optional[Tensor]] = [torch.empty_like(p) for p in b.parameters]
+    results: list[Tensor] = []
+    for step, rate in enumerate([Rate(0.1), Rate(0.01, False, 1024.0), Rate(0.0), Rate(0.1, True)]):
+        state.start(step, [own, [*results], [None] * 4, [None, own[1], *results[2:]]][step], rate)
+        state.advance()
+        results = state.finish()
+        assert [(g.shape, g.dtype, g.device) for g in results] == [(p.shape, dtype, DEVICE) for p in b.parameters]
+    stable(link)
+    assert {v.device for mirror in state.buffers().values() for v in mirror.views} == {DEVICE}
+    state.residual()
+    state.owed(0.1)
+    state.shared_point(link)
+    state.forgive()
+
+
+@cases
+@pytest.mark.parametrize("algorithm", UPDATE_ALGORITHMS, ids=str)
+def test_update_algorithms(
+    accelerator: Uploading, algorithm: Algorithm, dtype: torch.dtype, reduction: Reduction
+) -> None:
+    b, link, state = attach(algorithm, dtype, reduction, momenta=(0, 1))
+    assert isinstance(state, UpdateState)
+    for step, lr in enumerate((0.1, 0.1, 0.0, 0.01)):
+        state.local.flat.mul_(0.9)
+        state.start(step, lr)
+        state.advance()
+        state.finish()
+    stable(link)
+    assert {p.device for p in b.parameters} == {DEVICE}
+    assert {v.device for mirror in state.buffers().values() for v in mirror.views} == {DEVICE}
+    state.residual()
+    state.owed(0.1)
+    state.place()
+    state.restart(state.shared.flat.clone())
