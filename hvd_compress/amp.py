@@ -8,10 +8,11 @@ the scaler for as long as that backward pass runs, and the hooks of the paramete
 from __future__ import annotations
 
 import functools
-from typing import Any, Iterable, Optional
+from typing import Any, Iterable, Optional, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 if hasattr(torch.amp, "GradScaler"):
     _GradScaler: Any = torch.amp.GradScaler
@@ -69,13 +70,21 @@ def mark_overflow(scaler: Any, optimizer: torch.optim.Optimizer) -> None:
         found.fill_(1.0)
 
 
-def overflowed(gradients: Iterable[Tensor]) -> bool:
+def overflowed(parameters: Iterable[Parameter]) -> bool:
     """Whether any gradient holds an infinity or nan (one host synchronisation per device)."""
     per_device: dict[torch.device, Tensor] = {}
-    for gradient in gradients:
+    for gradient in (p.grad for p in parameters if p.grad is not None):
         values = gradient._values() if gradient.is_sparse else gradient
         # An infinity or nan times zero is nan, and a sum with a nan is nan.
         probe = (values * 0).sum(dtype=torch.float32)
         known = per_device.get(values.device)
         per_device[values.device] = probe if known is None else known + probe
     return any(bool(torch.isnan(probe)) for probe in per_device.values())
+
+
+def poison(parameters: Sequence[Parameter]) -> None:
+    """Put an infinity into the first gradient, for this rank's GradScaler to find."""
+    for parameter in parameters[:1]:
+        if parameter.grad is None or parameter.grad.is_sparse:
+            parameter.grad = torch.zeros_like(parameter)
+        parameter.grad.fill_(float("inf"))

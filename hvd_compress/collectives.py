@@ -66,7 +66,7 @@ class Pending:
             raise HorovodInternalError(
                 f"{error} (rank {hvd.rank()}). A rank has called hvd.join(), after which only an allreduce works: "
                 "give all ranks the same number of steps, or use an algorithm whose payloads are summed, such as "
-                "EF or DEF with RandomBlock. No residual was touched"
+                "EF or DEF with RandomBlock. What this step was to send is held back, not lost"
             ) from error
         return self._result
 

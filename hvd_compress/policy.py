@@ -97,6 +97,10 @@ class Policy(Algorithm):
     def clip_norm(self) -> Optional[float]:  # type: ignore[override]
         return self.default.clip_norm
 
+    @property
+    def gathers(self) -> bool:
+        return any(a.gathers for a in (self.default, *(a for _, a in (*self._patterns, *self._groups))))
+
     def choose(self, entry: Entry) -> Algorithm:
         parameter = entry.parameter
         for pattern, algorithm in self._patterns:

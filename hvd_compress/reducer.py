@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from hvd_compress import amp, sparse
+from hvd_compress import amp, presence, sparse
 from hvd_compress.algorithms.base import Algorithm, GradientState, Rate, State, UpdateState
 from hvd_compress.arguments import Groups
 from hvd_compress.buckets import Entry
@@ -61,6 +61,8 @@ class Reducer:
         self._built = False
         self._delay: dict[Parameter, int] = {}
         self._watch = RewriteWatch(link)
+        self._roll = presence.RollCall(link)
+        self._calls_roll = algorithm.gathers and not algorithm.exchanges_updates
         self._ready: list[int] = []
         self._started: list[int] = []
         # One rank needs no hooks to exchange, only to see loss scaling; passes are not counted then.
@@ -109,6 +111,8 @@ class Reducer:
             self.scaled = amp.running_scaler() is not None
             if self._built and self.local_steps_done == 0 and not self._stepping:
                 self._watch.launch(self._points())
+            if self._calls_roll:
+                self._roll.launch()
         if self.scaled:
             self.scaler = amp.running_scaler()
         if not self._counts_passes:
@@ -143,6 +147,7 @@ class Reducer:
         return self.fired and self._counts_passes
 
     def _reset(self) -> None:
+        self._roll.close_step()
         self.fired = self._stepping = False
         self._started = []
         self._ready = [0] * len(self.states)
@@ -184,6 +189,8 @@ class Reducer:
         """Let parameters that were broadcast or loaded since the last step become the shared model."""
         self._watch.launch(self._points())
         rewritten, same = self._watch.rewritten(first=self.step == 0)
+        if self.algorithm.gathers and not self._watch.complete:
+            raise presence.absent(self.link)
         if rewritten and same:
             for state in self.states:
                 if isinstance(state, UpdateState):
@@ -210,6 +217,8 @@ class Reducer:
         return Rate(lr, not isinstance(optimizer, GRADIENT_SCALED), scale)
 
     def _start(self, index: int) -> None:
+        if self._calls_roll:
+            self._roll.check()
         state = cast(GradientState, self.states[index])
         gradients = [
             p.grad.to_dense() if p.grad is not None and p.grad.is_sparse else p.grad for p in state.bucket.parameters
@@ -230,8 +239,8 @@ class Reducer:
             touched, and every rank has an infinity in its gradients, for its GradScaler to find.
         """
         self.settle()
-        if self.scaler is not None and self.any_rank(amp.overflowed(self._gradients())):
-            self._poison()
+        if self.scaler is not None and self.any_rank(amp.overflowed(self.tracked)):
+            amp.poison(self.tracked)
             self._reset()
             return True
         try:
@@ -261,15 +270,6 @@ class Reducer:
                 result = result.to_sparse(1)
             if parameter.grad is not result:
                 parameter.grad = result
-
-    def _gradients(self) -> list[Tensor]:
-        return [p.grad for p in self.tracked if p.grad is not None]
-
-    def _poison(self) -> None:
-        for parameter in self.tracked[:1]:
-            if parameter.grad is None or parameter.grad.is_sparse:
-                parameter.grad = torch.zeros_like(parameter)
-            parameter.grad.fill_(float("inf"))
 
     # -- updates ---------------------------------------------------------------------------------------
 

@@ -33,6 +33,7 @@ class RewriteWatch:
         self._row: Optional[Tensor] = None
         self._pending: Optional[Pending] = None
         self._fresh = True
+        self.complete = True  # no rank was missing when last asked
 
     def _sample(self, flats: Sequence[Tensor]) -> list[Tensor]:
         if len(self._index) != len(flats):
@@ -64,7 +65,9 @@ class RewriteWatch:
             moved = sum(((a != b).sum().to(device) for a, b in zip(now, self._seen)), torch.zeros((), device=device))
             changed = (moved * 2 > sum(a.numel() for a in now)).to(torch.float32)
         digits = torch.cat([_digits(values).to(device) for values in now]).view(len(now), DIGITS).sum(0) % 16
-        row = torch.cat((changed.view(1), digits.to(torch.float32), digits.square().to(torch.float32)))
+        # A rank that has joined (hvd.join()) takes part with zeros, which shows in the first number.
+        here = torch.ones(1, device=device)
+        row = torch.cat((here, changed.view(1), digits.to(torch.float32), digits.square().to(torch.float32)))
         self._row = row
         self._pending = self._link.allreduce_async(row, "rewrites")
 
@@ -83,7 +86,8 @@ class RewriteWatch:
         self._pending, self._row = None, None
         pending.wait()
         values = row.tolist()
-        means, squares = values[1 : 1 + DIGITS], values[1 + DIGITS :]
+        self.complete = values[0] > 1 - 0.5 / self._link.size
+        means, squares = values[2 : 2 + DIGITS], values[2 + DIGITS :]
         same = all(abs(square - mean * mean) < 0.25 / self._link.size for mean, square in zip(means, squares))
         if first and not same:
             warnings.warn(
@@ -91,7 +95,7 @@ class RewriteWatch:
                 "call hvd.broadcast_parameters(model.state_dict(), root_rank=0) before training",
                 stacklevel=7,
             )
-        return values[0] > 0.25 / self._link.size, same
+        return values[1] > 0.25 / self._link.size, same
 
 
 def _digits(values: Tensor) -> Tensor:

@@ -217,6 +217,12 @@ class Algorithm(abc.ABC):
         return math.inf if self.exchanges_updates else BUCKET_BYTES
 
     @property
+    def gathers(self) -> bool:
+        """Whether anything but allreduces is used, which Horovod cannot do once a rank has called ``hvd.join()``."""
+        compressor = getattr(self, "compressor", None)
+        return isinstance(compressor, Compressor) and compressor.combine is Combine.GATHER
+
+    @property
     def splits_groups(self) -> bool:
         """Whether parameter groups get buckets of their own, as their learning rates matter."""
         return not self.exchanges_updates or not getattr(self, "rescale_residual", True)

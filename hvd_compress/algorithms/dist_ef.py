@@ -55,6 +55,10 @@ class DistEF(Algorithm):
                 require_constant("DistEF", argument, require_combining("DistEF", argument, value, allowed))
         validation.boolean("DistEF", "rescale_residual", self.rescale_residual)
 
+    @property
+    def gathers(self) -> bool:
+        return True
+
     def attach(self, bucket: Bucket, context: Context) -> UpdateState:
         return _DistEFState(self, bucket, context)
 

@@ -54,6 +54,10 @@ class GlobalTopK(Algorithm):
     def check(self, link: Link) -> None:
         mpi.require("GlobalTopK", link)
 
+    @property
+    def gathers(self) -> bool:
+        return True
+
     def attach(self, bucket: Bucket, context: Context) -> UpdateState:
         return _GlobalTopKState(self, bucket, context)
 

@@ -58,6 +58,10 @@ class LIEC(Algorithm):
     def bucket_bytes(self) -> float:
         return max(BUCKET_BYTES, PAYLOAD_BYTES / self.compressor.fraction)
 
+    @property
+    def gathers(self) -> bool:
+        return True
+
     def attach(self, bucket: Bucket, context: Context) -> GradientState:
         return _LIECState(self, bucket, context)
 

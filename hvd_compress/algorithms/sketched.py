@@ -92,6 +92,10 @@ class GlobalSketch(Algorithm):
         if self.exchange == "tree":
             mpi.require("GlobalSketch: exchange='tree'", link)
 
+    @property
+    def gathers(self) -> bool:
+        return self.exchange != "allreduce"
+
     def attach(self, bucket: Bucket, context: Context) -> UpdateState:
         return _GlobalSketchState(self, bucket, context)
 

@@ -58,7 +58,7 @@ def check_values_of_the_other_papers() -> None:
     wrong: list[tuple[Callable[[], object], tuple[str, ...]]] = [
         (lambda: EF(TopK(density=0)), ("TopK", "density", "0")),
         (lambda: EF(RandomK(density=1.5)), ("RandomK", "density", "1.5")),
-        (lambda: DistEF(BlockSign(block_size=0)), ("BlockSign", "block_size=0")),
+        (lambda: DistEF(BlockSign(block_size=0)), ("BlockSign", "block_size", "=0")),
         (lambda: DistEF(LowRank()), ("DistEF", "LowRank", "EF(...)")),
         (lambda: DistEF(BlockSign(), CountSketch()), ("DistEF", "server_compressor", "CountSketch", "GlobalSketch")),
         (lambda: DistEF(Warmup(TopK())), ("DistEF", "Warmup", "EF(...)")),

@@ -14,10 +14,9 @@ import horovod.torch as hvd
 import torch
 from common import close, flat, held, loss_of, network, raises, same_everywhere, saved, train, wrap
 from everything import BLOCK
-from horovod.common.exceptions import HorovodInternalError
 from horovod.torch.elastic import TorchState
 
-from hvd_compress import DEF, EF, Dense, Identity
+from hvd_compress import DEF, EF, LIEC, BlockSign, Dense, DistEF, Identity, TopK
 
 RANKS = (2,)
 FULL_RANKS = (1, 3, 4)
@@ -171,7 +170,8 @@ def check_parameters_broadcast_in_mid_training_become_the_model() -> None:
             model.load_state_dict(network(seed=4).state_dict())
         hvd.broadcast_parameters(model.state_dict(), root_rank=0)
         with optimizer.consensus():
-            assert torch.equal(flat(model), flat(network(seed=4))), f"x with {compression}"
+            # A mean of equal numbers may round (LIEC at three ranks).
+            close(flat(model), flat(network(seed=4)), 1e-7, f"x with {compression}")
         assert torch.equal(held(optimizer), owed)
         train(model, optimizer, 1, lambda t: 0.0, first=5)
         hvd.broadcast_parameters(model.state_dict(), root_rank=0)  # of rank 0's own point: nothing was loaded
@@ -223,7 +223,7 @@ def check_consensus() -> None:
     for compression in (Dense(), *LOSSY):
         model, optimizer = make(compression)
         with optimizer.consensus():
-            assert torch.equal(flat(model), flat(network())), "before the first step x is the model"
+            close(flat(model), flat(network()), 1e-7, "before the first step x is the model")
         train(model, optimizer, 4, rate)
         point = flat(model)
         for name in ("shared", "virtual"):
@@ -278,10 +278,10 @@ def check_joined_ranks_are_a_clear_error_elsewhere() -> None:
         train(model, optimizer, 3, rate)
         if hvd.rank() > 0:
             owed = held(optimizer)
-            raises(HorovodInternalError, "hvd.join()", f"rank {hvd.rank()}", "RandomBlock",
+            raises(RuntimeError, "hvd.join()", f"rank {hvd.rank()}", "RandomBlock",
                    call=lambda m=model, o=optimizer: train(m, o, 1, rate, first=3))
-            if not optimizer._reducer.algorithm.exchanges_updates and not isinstance(compression, EF):
-                assert torch.equal(held(optimizer), owed)
+            # EF's residual has taken the gradient in; nothing of it has been sent.
+            assert isinstance(compression, EF) or torch.equal(held(optimizer), owed)
         hvd.join()
 
 
