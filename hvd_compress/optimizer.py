@@ -150,8 +150,8 @@ class _DistributedOptimizer(torch.optim.Optimizer):
     def synchronize(self) -> None:
         """Finish the exchange of gradients; the aggregate is then in ``p.grad`` of every rank.
 
-        Algorithms that exchange updates (DEF) have nothing to do here: gradients stay local, and clipping
-        after this call acts on the local gradient.
+        Algorithms that exchange updates (DEF) exchange nothing here: gradients stay local, and clipping
+        after this call acts on the local gradient. A missing gradient becomes zeros either way.
         """
         reducer = self._reducer
         if self._synchronized and not reducer.fired:
@@ -159,6 +159,7 @@ class _DistributedOptimizer(torch.optim.Optimizer):
         if reducer.link.member:
             if reducer.algorithm.exchanges_updates:
                 reducer.drop_pass_counts()
+                self._complete_gradients()
             else:
                 self._skip_agreed = reducer.synchronize()
         self._synchronized = True
@@ -184,9 +185,10 @@ class _DistributedOptimizer(torch.optim.Optimizer):
         reducer = self._reducer
         if reducer.fired:
             self._synchronized = False
-        if closure is not None and not reducer.algorithm.exchanges_updates:
-            closure = self._synchronizing(closure)
-        elif self._should_synchronize and closure is None:
+        if closure is not None:
+            wrapper = self._completing if reducer.algorithm.exchanges_updates else self._synchronizing
+            closure = wrapper(closure)
+        elif self._should_synchronize:
             if self._synchronized:
                 warnings.warn(_STEP_AFTER_SYNCHRONIZE, stacklevel=2)
             self.synchronize()
@@ -220,6 +222,25 @@ class _DistributedOptimizer(torch.optim.Optimizer):
             return self._consensus.mean_loss(loss)
 
         return synchronized_closure
+
+    def _completing(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        def completed_closure() -> Any:
+            with torch.enable_grad():
+                loss = closure()
+            self._complete_gradients()
+            return loss
+
+        return completed_closure
+
+    def _complete_gradients(self) -> None:
+        """A gradient that only other ranks have computed counts as zeros here: momentum and weight decay go on."""
+        if self._reducer.link.size == 1 and not collectives.is_elastic():
+            return
+        if issubclass(self._hvd_base, torch.optim.SparseAdam):
+            return  # knows no dense gradients, and skips what is missing to the same effect
+        for parameter in self._reducer.tracked:
+            if parameter.grad is None and parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
 
     def _agree_to_skip(self) -> bool:
         """Inside ``GradScaler.step``: unscale, and skip the step on all ranks if any has an infinite gradient."""

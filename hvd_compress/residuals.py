@@ -118,6 +118,8 @@ class Keeper:
                 "format": FORMAT, "owner": self._owner, "rank": reducer.link.rank, "size": reducer.link.size,
                 "step": reducer.step, "local_steps_done": reducer.local_steps_done, **collect(reducer.states),
             }
+        # What a broadcast has brought is already true, although it is taken over only at the next step.
+        mine.update(self._optimizer.param_groups[0].get(KEY, {}))
         state[KEY] = mine
         shared = {k: mine[k] for k in ("step", "local_steps_done", "scalars")}
         groups = [dict(group) for group in state["param_groups"]]

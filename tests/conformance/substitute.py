@@ -1,0 +1,52 @@
+"""A pytest plugin: our DistributedOptimizer in the place of Horovod's, with an algorithm chosen from outside.
+
+The environment variable ``HVD_COMPRESS_ALGORITHM`` is a key of ``ALGORITHMS``; without it Horovod's own class
+stays. How each test ended is noted as job files note their checks, for the harness to read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+import horovod.torch as hvd
+import pytest
+import torch
+
+import hvd_compress
+from hvd_compress import DEF, EF, Dense, Identity, RandomBlock
+
+# Horovod's tests compare models right after a step, so all of these end a step with nothing held back.
+ALGORITHMS = {
+    "dense": Dense(),
+    "ef": EF(Identity()),
+    "def": DEF(Identity()),
+    "def-block": DEF(RandomBlock(density=1.0), coefficient=0.3),
+}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # It takes matrices only and is younger than the tests, which go through every optimizer of torch.
+    if hasattr(torch.optim, "Muon"):
+        torch.optim.Muon.__module__ = "taken.out"
+    # Every test shuts Horovod down and starts it again, where a rank may meet the other's old address and abort.
+    hvd.shutdown = lambda: None
+    name = os.environ.get("HVD_COMPRESS_ALGORITHM")
+    if name is None:
+        return
+
+    def distributed_optimizer(*args: Any, **kwargs: Any) -> Any:
+        if len(args) < 3:  # compression, Horovod's third argument, was left to its default
+            kwargs.setdefault("compression", ALGORITHMS[name])
+        return hvd_compress.DistributedOptimizer(*args, **kwargs)
+
+    hvd.DistributedOptimizer = distributed_optimizer
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.passed and report.when != "call":
+        return
+    story = "ok" if report.passed else f"{report.outcome}: {report.longrepr}"
+    with open(f"{os.environ['HVD_COMPRESS_NOTES']}/notes.{os.environ['HOROVOD_RANK']}.jsonl", "a") as notes:
+        notes.write(json.dumps([report.nodeid.rpartition("::")[2], story]) + "\n")
