@@ -13,6 +13,7 @@ from hvd_compress import collectives
 from hvd_compress.algorithms import Algorithm, Dense
 from hvd_compress.collectives import Adasum, Average, Link, Sum
 from hvd_compress.compressors import Cast, Compressor
+from hvd_compress.exchange import Reduction
 
 Groups = Union[int, Sequence[Sequence[Tensor]], None]
 
@@ -129,6 +130,22 @@ def parameter_names(
             "Python object ids: " + ", ".join(map(str, unnamed))
         )
     return known
+
+
+def description(
+    optimizer: Any, algorithm: Algorithm, reduction: Reduction, passes: int
+) -> list[tuple[str, Any]]:
+    """What must be the same on every rank: (what, value) pairs, one per parameter and a few more."""
+    items: list[tuple[str, Any]] = [
+        ("compression", repr(algorithm)),
+        ("op, gradient_predivide_factor, backward_passes_per_step", (*reduction, passes)),
+    ]
+    for index, group in enumerate(optimizer.param_groups):
+        for parameter in group["params"]:
+            name = optimizer._parameter_names[parameter]
+            kind = (tuple(parameter.shape), str(parameter.dtype), parameter.stride(), parameter.requires_grad, index)
+            items.append((f"parameter {name!r} (shape, dtype, strides, requires_grad, group)", kind))
+    return items
 
 
 def agree(link: Link, description: Sequence[tuple[str, Any]]) -> None:

@@ -75,6 +75,11 @@ class Bucket:
         torch._foreach_copy_(mirror.views, values)
         self.repoint(mirror)
 
+    def reclaim(self, mirror: Mirror) -> None:
+        """``adopt`` again if somebody has given a parameter new storage (``p.data = ...``)."""
+        if any(p.data_ptr() != v.data_ptr() for p, v in zip(self.parameters, mirror.views)):
+            self.adopt(mirror)
+
     def repoint(self, mirror: Mirror) -> None:
         """Make each parameter a view of ``mirror``, whatever its value was."""
         for parameter, view in zip(self.parameters, mirror.views):

@@ -126,7 +126,7 @@ class _DistributedOptimizer(torch.optim.Optimizer):
         self._base_supports_amp = bool(self.__dict__.pop("_step_supports_amp_scaling", False))
         self._synchronized, self._should_synchronize, self._skip_agreed = False, True, False
         if link.member and not collectives.is_elastic():
-            arguments.agree(link, _description(self, algorithm, reduction, passes))
+            arguments.agree(link, arguments.description(self, algorithm, reduction, passes))
         if link.member:
             algorithm.check(link)
         self._reducer = Reducer(self, names, algorithm, link, reduction, passes, groups, sparse_as_dense)
@@ -311,19 +311,3 @@ class _DistributedOptimizer(torch.optim.Optimizer):
         self._reducer.set_passes(self._reducer.passes)
         self._hvd_base.load_state_dict(self, self._keeper.strip(state_dict))
         self._keeper.load(state_dict.get(residuals.KEY))
-
-
-def _description(
-    optimizer: Any, algorithm: Algorithm, reduction: Reduction, passes: int
-) -> list[tuple[str, Any]]:
-    """What must be the same on every rank, one item per parameter."""
-    items: list[tuple[str, Any]] = [
-        ("compression", repr(algorithm)),
-        ("op, gradient_predivide_factor, backward_passes_per_step", (*reduction, passes)),
-    ]
-    for index, group in enumerate(optimizer.param_groups):
-        for parameter in group["params"]:
-            name = optimizer._parameter_names[parameter]
-            kind = (tuple(parameter.shape), str(parameter.dtype), parameter.stride(), parameter.requires_grad, index)
-            items.append((f"parameter {name!r} (shape, dtype, strides, requires_grad, group)", kind))
-    return items

@@ -95,11 +95,19 @@ class Reducer:
                 self._built = False
 
     def set_passes(self, passes: int) -> None:
-        """Change the number of backward passes per step and start counting anew."""
+        """Change the number of backward passes per step and start counting anew; a step begun is given up."""
         if self.fired:
-            for state in self.states:
-                if isinstance(state, GradientState):
-                    state.abandon()
+            states = [state for state in self.states if isinstance(state, GradientState)]
+            # Buckets under way need their names and buffers again, and peers may have launched others (after a
+            # failure in an elastic job nothing answers any more).
+            if self._started and not is_elastic():
+                for index in range(len(states)):
+                    if index not in self._started:
+                        self._start(index)
+                for state in states:
+                    state.cancel()
+            for state in states:
+                state.abandon()
         self.passes = passes
         self._reset()
         self._watch.forget()
@@ -170,10 +178,8 @@ class Reducer:
             self.on_build(new)
 
     def _state_of(self, parameter: Parameter) -> dict[str, Any]:
-        optimizer = self._optimizer()
-        assert optimizer is not None
-        state: dict[str, Any] = optimizer.state.get(parameter, {})
-        return state
+        optimizer = cast(torch.optim.Optimizer, self._optimizer())
+        return cast("dict[str, Any]", optimizer.state.get(parameter, {}))
 
     def settle(self) -> None:
         """Make buckets, and what they hold, agree with what was loaded or broadcast since the last step."""
@@ -266,6 +272,8 @@ class Reducer:
 
     def _deliver(self, state: GradientState) -> None:
         for parameter, result in zip(state.bucket.parameters, state.finish()):
+            if parameter.grad is None and not self._counts_passes:
+                continue  # one rank: as the wrapped optimizer alone would see it
             if parameter.grad is not None and parameter.grad.is_sparse:
                 result = result.to_sparse(1)
             if parameter.grad is not result:
@@ -278,10 +286,7 @@ class Reducer:
         self.settle()
         self._stepping = True
         for state in self.states:
-            storage = cast(UpdateState, state).local
-            if any(p.data_ptr() != v.data_ptr() for p, v in zip(state.bucket.parameters, storage.views)):
-                # Somebody gave a parameter new storage (p.data = ...): take its values back into ours.
-                state.bucket.adopt(storage)
+            state.bucket.reclaim(cast(UpdateState, state).local)
         if self.algorithm.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.tracked, self.algorithm.clip_norm / math.sqrt(self.link.size))
 

@@ -15,7 +15,7 @@ from typing import Optional, Sequence
 import torch
 from torch import Tensor
 
-from hvd_compress.collectives import Link, Pending
+from hvd_compress.collectives import Link, Pending, is_elastic
 
 SAMPLES = 256  # per bucket, evenly spread
 # A digest of 32 bits as base-16 digits: the mean of a digit's square equals the square of its mean only if
@@ -51,7 +51,9 @@ class RewriteWatch:
         self._fresh = False
 
     def forget(self) -> None:
-        """What was remembered no longer counts (a state was loaded, an exchange failed)."""
+        """What was remembered no longer counts: a state was loaded, or a step given up (on all ranks alike)."""
+        if self._pending is not None and not is_elastic():  # its name is needed again
+            self._pending.wait()
         self._fresh, self._pending, self._row = True, None, None
 
     def launch(self, flats: Sequence[Tensor]) -> None:

@@ -110,6 +110,10 @@ class GradientState(BucketState):
         """The step will not be finished: what was absorbed counts for the next one, if for any."""
 
     @abc.abstractmethod
+    def cancel(self) -> None:
+        """Wait for what ``start`` has launched, on all ranks, and make no use of it."""
+
+    @abc.abstractmethod
     def start(self, step: int, gradients: Sequence[Optional[Tensor]], rate: Rate) -> None:
         """Compensate, encode, launch; a gradient that is missing counts as zeros."""
 

@@ -56,9 +56,7 @@ class _DenseState(GradientState):
 
     def absorb(self, index: int, gradient: Tensor, rate: Rate) -> Optional[Tensor]:
         view = self.out.views[index]
-        if self._ring.spread != 1.0:
-            torch.mul(gradient, 1.0 / self._ring.spread, out=view)
-        elif gradient.data_ptr() != view.data_ptr():
+        if gradient.data_ptr() != view.data_ptr():
             view.copy_(gradient)
         self._absorbed.add(index)
         return view
@@ -66,16 +64,18 @@ class _DenseState(GradientState):
     def abandon(self) -> None:
         self._absorbed.clear()
 
+    def cancel(self) -> None:
+        self._ring.wait()
+
     def buffers(self) -> dict[str, Mirror]:
         return {}
 
     def start(self, step: int, gradients: Sequence[Optional[Tensor]], rate: Rate) -> None:
         begin = time.perf_counter()
-        targets, sources, missing, unscaled = [], [], [], []
+        targets, sources, missing = [], [], []
         for index, (view, gradient) in enumerate(zip(self.out.views, gradients)):
             if index in self._absorbed:
                 continue
-            unscaled.append(view)
             if gradient is None:
                 missing.append(view)
             elif gradient.data_ptr() != view.data_ptr():
@@ -86,11 +86,9 @@ class _DenseState(GradientState):
             torch._foreach_zero_(missing)
         if targets:
             torch._foreach_copy_(targets, sources)
-        if self._ring.spread != 1.0 and unscaled:
-            torch._foreach_mul_(unscaled, 1.0 / self._ring.spread)
         if self._wire is not self.out.flat:
             self._wire.copy_(self.out.flat)
-        self._ring.launch(divided=True)
+        self._ring.launch()
         self._context.recorder.encode_seconds(time.perf_counter() - begin)
 
     def finish(self) -> list[Tensor]:

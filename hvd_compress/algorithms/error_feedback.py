@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any, Mapping, Optional, Sequence, cast
+from typing import Any, Mapping, Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -58,8 +58,9 @@ class _EFState(GradientState):
     So a schedule that changes the rate at every step costs no pass over the residual: ``unit * g`` is
     what is added to it. With a constant rate ``unit`` is 1 and nothing is rounded.
 
-    The aggregate goes into the tensors that backward has left in ``p.grad``, zeroed while they are still
-    in the cache: a buffer of our own would cost as much memory again, and freeing theirs page faults.
+    The aggregate goes into the tensors that backward has left in ``p.grad``, which are zeroed while payloads
+    travel: a buffer of our own would cost as much memory again, and freeing theirs page faults. Until then
+    ``p.grad`` is this rank's gradient, for who wants to look at it.
     """
 
     def __init__(self, config: EF, bucket: Bucket, context: Context) -> None:
@@ -97,13 +98,16 @@ class _EFState(GradientState):
             self._absorbed = True
         view = self._residual.views[index]
         view.add_(gradient, alpha=self._unit / rate.loss_scale)
-        self._targets[index] = _zeroed(gradient, view)
-        return self._targets[index]
+        self._targets[index] = gradient
+        return gradient
 
     def abandon(self) -> None:
         # What was absorbed stays in the residual and is sent with the next step.
         self._targets = [None] * len(self._targets)
         self._absorbed = False
+
+    def cancel(self) -> None:
+        self._exchange.cancel()
 
     def start(self, step: int, gradients: Sequence[Optional[Tensor]], rate: Rate) -> None:
         begin = time.perf_counter()
@@ -121,21 +125,22 @@ class _EFState(GradientState):
         self._exchange.begin(step)
         self._exchange.encode(self._residual.flat)
         self._exchange.launch()
-        # While it travels.
-        for i, (gradient, view) in enumerate(zip(gradients, self._residual.views)):
-            if self._targets[i] is None:
-                self._targets[i] = _zeroed(gradient, view, self.bucket.dtype)
+        for i in fresh:
+            self._targets[i] = gradients[i]
         self._context.recorder.encode_seconds(time.perf_counter() - begin)
 
     def advance(self) -> None:
         self._exchange.answer()
 
     def finish(self) -> list[Tensor]:
+        begin = time.perf_counter()
+        targets = [_room(t, view, self.bucket.dtype) for t, view in zip(self._targets, self._residual.views)]
+        torch._foreach_zero_(targets)
+        self._context.recorder.decode_seconds(time.perf_counter() - begin)
         self._exchange.wait()
         begin = time.perf_counter()
         # Only now is what was sent no longer owed: had the exchange failed, nothing would be lost.
         self._exchange.keep_back(self._residual.flat)
-        targets = cast("list[Tensor]", self._targets)
         flats = [t.as_strided((t.numel(),), (1,)) for t in targets]
         self._exchange.scatter(flats, self._loss_scale / self._unit)
         self.abandon()
@@ -151,8 +156,8 @@ class _EFState(GradientState):
         self._residual.flat.zero_()
 
 
-def _zeroed(gradient: Optional[Tensor], like: Tensor, dtype: Optional[torch.dtype] = None) -> Tensor:
-    """``gradient`` filled with zeros if its memory has the order of ``like``, else new zeros that have."""
+def _room(gradient: Optional[Tensor], like: Tensor, dtype: torch.dtype) -> Tensor:
+    """``gradient`` itself if its memory has the order of ``like``, else a new tensor that has."""
     if gradient is not None and gradient.stride() == like.stride():
-        return gradient.zero_()
-    return torch.zeros_like(like, dtype=dtype if gradient is None else gradient.dtype)
+        return gradient
+    return torch.empty_like(like, dtype=dtype)

@@ -87,8 +87,7 @@ class _LIECState(GradientState):
         self._lr, self._loss_scale = 0.0, 1.0
 
     def buffers(self) -> dict[str, Mirror]:
-        if any(p.data_ptr() != v.data_ptr() for p, v in zip(self.bucket.parameters, self._local.views)):
-            self.bucket.adopt(self._local)  # somebody gave a parameter new storage
+        self.bucket.reclaim(self._local)
         return {"server": self._exchange.mirror(), "local": self._local}
 
     def scalars(self) -> dict[str, Any]:
@@ -102,6 +101,13 @@ class _LIECState(GradientState):
 
     def abandon(self) -> None:
         """Nothing is absorbed before ``start``."""
+
+    def cancel(self) -> None:
+        averaging, self._averaging = self._averaging, []
+        for pending in averaging:
+            pending.wait()
+        if not averaging:
+            self._exchange.cancel()
 
     def _follow(self, rate: Rate) -> None:
         """Keep what the server owes in update units: eta_{t-1} / eta_t times as much gradient."""

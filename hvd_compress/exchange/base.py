@@ -86,6 +86,11 @@ class Exchange(abc.ABC):
         self.receive()
         self.context.recorder.wait_seconds(time.perf_counter() - begin)
 
+    def cancel(self) -> None:
+        """Wait for what has been launched and make no use of it."""
+        self.answer()
+        self.receive()
+
     @abc.abstractmethod
     def receive(self) -> None:
         """``wait``, without the clock."""

@@ -11,7 +11,7 @@ from hvd_compress.exchange.base import Context, Reduction
 
 
 def spread_of(bucket: Bucket, dtype: torch.dtype) -> float:
-    """Power of two to divide a bucket's payload by before it travels, and to multiply it with by Horovod after.
+    """Power of two that Horovod divides a bucket's payload by before it travels and multiplies it with after.
 
     Horovod fuses what happens to be ready in the same cycle, and where a ring cuts a fused buffer decides in
     which order ranks are added: results would depend on timing. It never fuses collectives with different
@@ -32,17 +32,14 @@ class Ring:
     def __init__(self, buffer: Tensor, name: str, bucket: Bucket, context: Context, averages: bool = False) -> None:
         self.buffer, self._name, self._context = buffer, f"{bucket.name}.{name}", context
         reduction = Reduction(Average) if averages else context.reduction
-        self._op, self._predivide = reduction.op, reduction.predivide
-        self.spread = spread_of(bucket, buffer.dtype)
+        spread = spread_of(bucket, buffer.dtype)
+        self._op = reduction.op
+        self._factors = 1.0 / (reduction.predivide * spread), reduction.predivide * spread
         self._pending = Pending(None)
 
-    def launch(self, divided: bool = False) -> None:
-        """Start; ``divided`` says that the buffer has been divided by ``spread`` already."""
-        if self.spread != 1.0 and not divided:
-            self.buffer.mul_(1.0 / self.spread)
-        self._pending = self._context.link.allreduce_async(
-            self.buffer, self._name, self._op, 1.0 / self._predivide, self._predivide * self.spread
-        )
+    def launch(self) -> None:
+        """Start to reduce the buffer."""
+        self._pending = self._context.link.allreduce_async(self.buffer, self._name, self._op, *self._factors)
 
     def wait(self) -> None:
         """Until the buffer holds the aggregate."""

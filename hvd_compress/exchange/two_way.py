@@ -146,6 +146,11 @@ class TwoWayExchange:
         self.context.recorder.wait_seconds(arrived - begin)
         self.context.recorder.encode_seconds(time.perf_counter() - arrived)
 
+    def cancel(self) -> None:
+        """Wait for what has been launched and make no use of it."""
+        self.answer()
+        self._pending.wait()
+
     def wait(self) -> None:
         """Wait for all shards; from here on the step cannot fail any more."""
         begin = time.perf_counter()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any
 
@@ -12,7 +13,7 @@ from common import close, flat, loss_of, network, raises, same_everywhere, train
 from everything import BLOCKS, EXACT, LOSSY
 from torch import nn
 
-from hvd_compress import DEF, EF, Dense, DistributedOptimizer, Identity, RandomBlock
+from hvd_compress import DEF, EF, Dense, DistributedOptimizer, Identity, Policy, RandomBlock
 
 RANKS = (2, 3)
 FULL_RANKS = (4,)
@@ -62,6 +63,49 @@ def check_synchronize_leaves_the_aggregate() -> None:
             optimizer.synchronize()
             for p, mean in zip(model.parameters(), expected):
                 close(p.grad, mean * factor, 1e-6, f"p.grad with {compression}, op={op}")
+
+
+def check_gradients_can_be_looked_at_before_the_step() -> None:
+    """Between backward() and step() p.grad is this rank's gradient, at the first step and at later ones."""
+    for compression in (*EXACT, *LOSSY):
+        if isinstance(compression, (Dense, Policy)):
+            continue  # Dense reduces in place as soon as a bucket is complete, as Horovod does
+        model, twin = network(), network()
+        optimizer = wrap(model, sgd(model), compression, groups=2)
+        for t in range(3):
+            twin.load_state_dict(model.state_dict())
+            twin.zero_grad()
+            loss_of(twin, hvd.rank(), t).backward()
+            optimizer.zero_grad()
+            loss_of(model, hvd.rank(), t).backward()
+            for p, q in zip(model.parameters(), twin.parameters()):
+                close(p.grad, q.grad, 1e-6, f"p.grad at step {t} with {compression}")
+            optimizer.step()
+
+
+def check_a_step_begun_can_be_given_up() -> None:
+    """load_state_dict() and set_backward_passes_per_step() in the middle of a step clear what is under way."""
+    for compression in (*EXACT, *LOSSY):
+        model = network()
+        optimizer = wrap(model, sgd(model, momentum=0.9), compression, groups=2)
+        train(model, optimizer, 2, lambda t: 0.1)
+        with optimizer.consensus():
+            weights = {n: v.clone() for n, v in model.state_dict().items()}
+        state = copy.deepcopy(optimizer.state_dict())
+        results = []
+        for interrupted in (False, True):
+            if interrupted:
+                optimizer.zero_grad()
+                loss_of(model, hvd.rank(), 7).backward()
+            model.load_state_dict(weights)
+            optimizer.load_state_dict(copy.deepcopy(state))
+            if interrupted:
+                loss_of(model, hvd.rank(), 8).backward()
+                optimizer.set_backward_passes_per_step(1)
+                optimizer.load_state_dict(copy.deepcopy(state))
+            train(model, optimizer, 3, lambda t: 0.1, first=2)
+            results.append(flat(model))
+        assert torch.equal(results[0], results[1]), f"{compression}"
 
 
 def check_sum_is_average_times_size() -> None:
