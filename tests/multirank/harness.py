@@ -48,7 +48,9 @@ def command(launcher: str, ranks: int, directory: str, argv: list[str]) -> list[
         hosts = ["-np", str(ranks), "-H", f"localhost:{ranks}"]
         return [str(binaries / "horovodrun"), "--gloo", *patience, *hosts, *files, *argv]
     if launcher == "mpi":
-        return ["mpirun", "--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "-np", str(ranks), *argv]
+        # Open MPI polls while it waits; ranks that share a core must let each other have it.
+        sharing = ["--oversubscribe", "--bind-to", "none", "--mca", "mpi_yield_when_idle", "1"]
+        return ["mpirun", "--allow-run-as-root", *sharing, "-np", str(ranks), *argv]
     raise ValueError(f"launcher={launcher!r} must be 'gloo' or 'mpi'")
 
 
