@@ -133,13 +133,18 @@ def parameter_names(
 
 
 def description(
-    optimizer: Any, algorithm: Algorithm, reduction: Reduction, passes: int
+    optimizer: Any, algorithm: Algorithm, reduction: Reduction, passes: int, groups: Groups
 ) -> list[tuple[str, Any]]:
     """What must be the same on every rank: (what, value) pairs, one per parameter and a few more."""
     items: list[tuple[str, Any]] = [
         ("compression", repr(algorithm)),
         ("op, gradient_predivide_factor, backward_passes_per_step", (*reduction, passes)),
     ]
+    if groups is not None:
+        # In whatever order a rank has them: only what belongs together matters.
+        names = {id(p): name for p, name in optimizer._parameter_names.items()}
+        lists = groups if isinstance(groups, int) else sorted(sorted(names.get(id(p), "?") for p in g) for g in groups)
+        items.append(("groups", lists))
     for index, group in enumerate(optimizer.param_groups):
         for parameter in group["params"]:
             name = optimizer._parameter_names[parameter]

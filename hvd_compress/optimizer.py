@@ -126,7 +126,7 @@ class _DistributedOptimizer(torch.optim.Optimizer):
         self._base_supports_amp = bool(self.__dict__.pop("_step_supports_amp_scaling", False))
         self._synchronized, self._should_synchronize, self._skip_agreed = False, True, False
         if link.member and not collectives.is_elastic():
-            arguments.agree(link, arguments.description(self, algorithm, reduction, passes))
+            arguments.agree(link, arguments.description(self, algorithm, reduction, passes, groups))
         if link.member:
             algorithm.check(link)
         self._reducer = Reducer(self, names, algorithm, link, reduction, passes, groups, sparse_as_dense)

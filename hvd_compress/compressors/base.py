@@ -184,7 +184,14 @@ class ShardedCodec:
     def encode(self, flat: Tensor, wires: Sequence[Tensor]) -> None:
         """Write the message of each shard of ``flat`` into ``wires[j]`` (``codecs[j].numel`` elements)."""
         for index, (codec, wire) in enumerate(zip(self.codecs, wires)):
-            codec.encode(self.shard(flat, index), wire)
+            if wire.numel():  # more ranks than elements leave shards empty
+                codec.encode(self.shard(flat, index), wire)
+
+    def accumulate(self, wires: Sequence[Tensor], flat: Tensor, alpha: float) -> None:
+        """``flat += alpha * decode(wires)``, one message for each shard."""
+        for index, (codec, wire) in enumerate(zip(self.codecs, wires)):
+            if wire.numel():
+                codec.accumulate(wire, self.shard(flat, index), alpha)
 
 
 class Combine(enum.Enum):

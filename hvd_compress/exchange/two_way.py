@@ -138,8 +138,9 @@ class TwoWayExchange:
         for message in torch.split(received, self._sent.lengths[me]) if total.numel() else ():
             self._up.codecs[me].accumulate(self._sent.typed(message, me), total, 1.0 / self._size)
         codec, wire = self._down.codecs[me], self._answers.wires[me]
-        codec.encode(total, wire)
-        codec.accumulate(wire, total, -1.0)
+        if wire.numel():
+            codec.encode(total, wire)
+            codec.accumulate(wire, total, -1.0)
         start = sum(self._answers.lengths[:me])
         mine = self._answers.buffer[start : start + self._answers.lengths[me]]
         self._pending = self.context.link.allgather_async(mine, f"{self.bucket.name}.down")
@@ -161,10 +162,8 @@ class TwoWayExchange:
 
     def keep_back(self, residual: Tensor) -> None:
         """``residual -=`` what this rank has sent to the owners."""
-        for j, (codec, wire) in enumerate(zip(self._up.codecs, self._sent.wires)):
-            codec.accumulate(wire, self._up.shard(residual, j), -1.0)
+        self._up.accumulate(self._sent.wires, residual, -1.0)
 
     def deliver(self, target: Tensor, alpha: float) -> None:
         """``target += alpha *`` what the owners have sent; the same bits on every rank."""
-        for j, (codec, wire) in enumerate(zip(self._down.codecs, self._received)):
-            codec.accumulate(wire, self._down.shard(target, j), alpha)
+        self._down.accumulate(self._received, target, alpha)
