@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Iterable, NamedTuple, Sequence
+from typing import Iterable, NamedTuple, Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -63,9 +63,10 @@ class Bucket:
         groups = {entry.group for entry in entries}
         self.group = groups.pop() if len(groups) == 1 else -1
 
-    def mirror(self, dtype: torch.dtype) -> Mirror:
-        """New zeros of ``dtype``, with views shaped and strided like the parameters."""
-        flat = torch.zeros(self.layout.total, dtype=dtype, device=self.device)
+    def mirror(self, dtype: torch.dtype, flat: Optional[Tensor] = None) -> Mirror:
+        """``flat`` (default: new zeros of ``dtype``), with views shaped and strided like the parameters."""
+        if flat is None:
+            flat = torch.zeros(self.layout.total, dtype=dtype, device=self.device)
         parts = pieces(flat, self.layout.numels)
         return Mirror(flat, [_like(part, p) for part, p in zip(parts, self.parameters)])
 

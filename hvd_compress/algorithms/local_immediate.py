@@ -12,9 +12,9 @@ from torch import Tensor
 from hvd_compress import validation
 from hvd_compress.algorithms.base import Algorithm, GradientState, Rate, require_combining, require_constant
 from hvd_compress.buckets import BUCKET_BYTES, PAYLOAD_BYTES, Bucket, Mirror
-from hvd_compress.collectives import Link, Pending
+from hvd_compress.collectives import Link
 from hvd_compress.compressors import BlockSign, Combine, Compressor
-from hvd_compress.exchange import Context, TwoWayExchange
+from hvd_compress.exchange import Context, Ring, TwoWayExchange
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,8 @@ class _LIECState(GradientState):
         self._direction = bucket.mirror(bucket.state_dtype)
         self._out = self._direction if bucket.dtype == bucket.state_dtype else bucket.mirror(bucket.dtype)
         self._carried: Optional[Tensor] = None  # a former owner's error, after the number of ranks has changed
-        self._models: Optional[Mirror] = None
-        self._averaging: list[Pending] = []
+        self._mean: Optional[_Mean] = None
+        self._averaging = False
         self._lr, self._loss_scale = 0.0, 1.0
 
     def buffers(self) -> dict[str, Mirror]:
@@ -103,11 +103,11 @@ class _LIECState(GradientState):
         """Nothing is absorbed before ``start``."""
 
     def cancel(self) -> None:
-        averaging, self._averaging = self._averaging, []
-        for pending in averaging:
-            pending.wait()
-        if not averaging:
+        if self._averaging and self._mean is not None:
+            self._mean.ring.wait()
+        else:
             self._exchange.cancel()
+        self._averaging = False
 
     def _follow(self, rate: Rate) -> None:
         """Keep what the server owes in update units: eta_{t-1} / eta_t times as much gradient."""
@@ -123,6 +123,7 @@ class _LIECState(GradientState):
 
     def start(self, step: int, gradients: Sequence[Optional[Tensor]], rate: Rate) -> None:
         begin = time.perf_counter()
+        self._averaging = False  # also if the last one has failed
         self._follow(rate)
         views = self._direction.views
         missing = [view for view, g in zip(views, gradients) if g is None]
@@ -145,17 +146,15 @@ class _LIECState(GradientState):
         self._context.recorder.encode_seconds(time.perf_counter() - begin)
 
     def _launch_averaging(self) -> None:
-        """Send the local models and g_k, each owner adding the error of its shard."""
-        link, bucket = self._context.link, self.bucket
-        if self._models is None:
-            self._models = bucket.mirror(bucket.state_dtype)
-        torch._foreach_copy_(self._models.views, [p.data for p in bucket.parameters])
+        """Send the local model and g_k, each owner adding the error of its shard."""
+        if self._mean is None:
+            self._mean = _Mean(self.bucket, self._context)
+        torch._foreach_copy_(self._mean.models.views, [p.data for p in self.bucket.parameters])
+        self._mean.gradients.copy_(self._direction.flat)
         begin, end = self._exchange.span
-        self._direction.flat[begin:end].add_(self._exchange.error, alpha=link.size)
-        self._averaging = [
-            link.allreduce_async(self._models.flat, f"{bucket.name}.models"),
-            link.allreduce_async(self._direction.flat, f"{bucket.name}.gradients"),
-        ]
+        self._mean.gradients[begin:end].add_(self._exchange.error, alpha=self._context.link.size)
+        self._mean.ring.launch()
+        self._averaging = True
 
     def advance(self) -> None:
         if not self._averaging:
@@ -168,12 +167,10 @@ class _LIECState(GradientState):
             self._exchange.wait()
         begin = time.perf_counter()
         d = self._direction.flat
-        if self._averaging:
-            self._averaging = []
-        else:
+        if not self._averaging:
             self._exchange.keep_back(d)
             self._exchange.deliver(d, 1.0)
-        self._carried = None
+        self._carried, self._averaging = None, False
         scale = self._loss_scale * (1 if self._context.averages else self._context.link.size)
         if scale != 1.0:
             d.mul_(scale)
@@ -184,19 +181,19 @@ class _LIECState(GradientState):
 
     def _finish_averaging(self) -> None:
         begin = time.perf_counter()
-        for pending in self._averaging:
-            pending.wait()
+        assert self._mean is not None
+        self._mean.ring.wait()
         self._context.recorder.wait_seconds(time.perf_counter() - begin)
-        assert self._models is not None
         with torch.no_grad():
-            torch._foreach_copy_([p.data for p in self.bucket.parameters], self._models.views)
+            torch._foreach_copy_([p.data for p in self.bucket.parameters], self._mean.models.views)
+        self._direction.flat.copy_(self._mean.gradients)
         self._exchange.error.zero_()
 
     def shared_point(self, link: Link) -> Optional[Tensor]:
         """The mean of the local models."""
         if link.size == 1:
             return None
-        return link.allreduce(self.parameters_now(), f"{self.bucket.name}.mean")
+        return link.allreduce(self.parameters_now(), f"{self.bucket.name}.models")
 
     def owed(self, lr: float) -> Optional[Tensor]:
         owed = self._exchange.owed()
@@ -207,3 +204,13 @@ class _LIECState(GradientState):
     def forgive(self) -> None:
         self._exchange.error.zero_()
         self._carried = None
+
+
+class _Mean:
+    """Models and gradients side by side, averaged in one collective."""
+
+    def __init__(self, bucket: Bucket, context: Context) -> None:
+        total = bucket.layout.total
+        buffer = torch.zeros(2 * total, dtype=bucket.state_dtype, device=bucket.device)
+        self.models, self.gradients = bucket.mirror(bucket.state_dtype, buffer[:total]), buffer[total:]
+        self.ring = Ring(buffer, "mean", bucket, context, averages=True)
