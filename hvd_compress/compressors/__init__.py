@@ -1,26 +1,22 @@
-"""What travels: one idea per file; a new compressor is one file and one line here."""
+"""What travels: one idea per file; a new compressor is one file and one line here.
 
-from hvd_compress.compressors.base import (
-    Codec,
-    Combine,
-    Compressor,
-    JointCodec,
-    Layout,
-    Payload,
-    ShardedCodec,
-    SummableCodec,
-)
-from hvd_compress.compressors.count_sketch import CountSketch, CountSketchCodec
-from hvd_compress.compressors.low_rank import LowRank, LowRankCodec
-from hvd_compress.compressors.random_block import RandomBlock
-from hvd_compress.compressors.random_k import RandomK
-from hvd_compress.compressors.sign import BlockSign
-from hvd_compress.compressors.topk import TopK
-from hvd_compress.compressors.warmup import Warmup
-from hvd_compress.compressors.whole import Cast, Identity
+``X as X`` makes a name public, here and as ``hvd_compress.X``.
+"""
 
-__all__ = [
-    "BlockSign", "Cast", "Codec", "Combine", "Compressor", "CountSketch", "CountSketchCodec", "Identity", "JointCodec",
-    "Layout", "LowRank", "LowRankCodec", "Payload", "RandomBlock", "RandomK", "ShardedCodec", "SummableCodec", "TopK",
-    "Warmup",
-]
+from hvd_compress.compressors.base import Codec as Codec
+from hvd_compress.compressors.base import Combine as Combine
+from hvd_compress.compressors.base import Compressor as Compressor
+from hvd_compress.compressors.base import JointCodec as JointCodec
+from hvd_compress.compressors.base import Layout as Layout
+from hvd_compress.compressors.base import Payload as Payload
+from hvd_compress.compressors.base import ShardedCodec as ShardedCodec
+from hvd_compress.compressors.base import SummableCodec as SummableCodec
+from hvd_compress.compressors.count_sketch import CountSketch as CountSketch
+from hvd_compress.compressors.low_rank import LowRank as LowRank
+from hvd_compress.compressors.random_block import RandomBlock as RandomBlock
+from hvd_compress.compressors.random_k import RandomK as RandomK
+from hvd_compress.compressors.sign import BlockSign as BlockSign
+from hvd_compress.compressors.topk import TopK as TopK
+from hvd_compress.compressors.warmup import Warmup as Warmup
+from hvd_compress.compressors.whole import Cast as Cast
+from hvd_compress.compressors.whole import Identity as Identity

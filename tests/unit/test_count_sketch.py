@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hvd_compress import native
-from hvd_compress.compressors import Combine, CountSketch, CountSketchCodec, Layout, hashing, rotations
+from hvd_compress.compressors import Combine, CountSketch, Layout, hashing, rotations
+from hvd_compress.compressors.count_sketch import CountSketchCodec
 from hvd_compress.compressors.random_block import draw, tensor_key
 from hvd_compress.native import sketch as loops
 

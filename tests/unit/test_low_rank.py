@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hvd_compress.compressors import Combine, Layout, LowRank, LowRankCodec, hashing
+from hvd_compress.compressors import Combine, Layout, LowRank, hashing
+from hvd_compress.compressors.low_rank import LowRankCodec
 
 CPU = torch.device("cpu")
 SHAPES = ((6, 4, 3), (5,), (), (0, 3), (30, 20), (12, 12), (3, 2), (1, 30, 20), (6, 12))

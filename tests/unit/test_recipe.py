@@ -1,0 +1,77 @@
+"""A new compressor needs one file and one line: CONTRIBUTING's recipe, followed to the letter."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+TRIAL = """
+import horovod.torch as hvd
+import torch
+import hvd_compress
+from hvd_compress.compressors import Layout
+
+hvd.init()
+strided = hvd_compress.Strided(every=3)
+assert "Strided" in hvd_compress.__all__
+flat, layout = torch.arange(1.0, 14.0), Layout(("a", "b"), (8, 5))
+codec = strided.codec(layout, torch.float32, torch.device("cpu"))
+for step in range(5):
+    codec.begin(step)
+    wire, image = torch.empty(codec.numel), torch.zeros(13)
+    codec.encode(flat, wire)
+    codec.accumulate(wire, image, 1.0)
+    parts = [strided.decode(strided.encode(part, name, step)) for name, part in zip("ab", flat.split((8, 5)))]
+    assert torch.equal(image, torch.cat(parts)) and 0 < int((image != 0).sum()) < 13
+
+for algorithm in (hvd_compress.EF(strided), hvd_compress.DEF(strided), hvd_compress.DistEF(strided)):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(5, 3)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = hvd_compress.DistributedOptimizer(sgd, model.named_parameters(), compression=algorithm)
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = (model(torch.ones(2, 5)) - 1).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    assert losses[-1] < losses[0] / 4, losses
+    assert optimizer.stats().residual_norm > 0
+print("trained")
+"""
+
+
+def attempt(directory: Path, with_line: bool) -> subprocess.CompletedProcess[str]:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)
+    line = re.search(r"`(from hvd_compress\.compressors\.NAME import Name as Name)`", text)
+    assert code
+    assert line
+    shutil.copytree(ROOT / "hvd_compress", directory / "hvd_compress", ignore=shutil.ignore_patterns("__pycache__"))
+    compressors = directory / "hvd_compress" / "compressors"
+    (compressors / "strided.py").write_text(code.group(1), encoding="utf-8")
+    if with_line:
+        with (compressors / "__init__.py").open("a", encoding="utf-8") as file:
+            file.write(line.group(1).replace("NAME", "strided").replace("Name", "Strided") + "\n")
+    return subprocess.run(
+        [sys.executable, "-c", TRIAL], cwd=directory, text=True, capture_output=True, timeout=120, check=False,
+        env={**os.environ, "PYTHONPATH": str(directory), "OMP_NUM_THREADS": "1"},
+    )
+
+
+def test_one_file_and_one_line(tmp_path: Path) -> None:
+    ended = attempt(tmp_path, with_line=True)
+    assert ended.returncode == 0, ended.stderr
+    assert "trained" in ended.stdout
+
+
+def test_without_the_line_it_is_not_there(tmp_path: Path) -> None:
+    ended = attempt(tmp_path, with_line=False)
+    assert ended.returncode != 0
+    assert "Strided" in ended.stderr
