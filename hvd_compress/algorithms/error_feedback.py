@@ -11,9 +11,8 @@ from torch import Tensor
 
 from hvd_compress import validation
 from hvd_compress.algorithms.base import Algorithm, GradientState, Rate, require_combining
-from hvd_compress.algorithms.kept_zeros import KeptZeros
 from hvd_compress.buckets import BUCKET_BYTES, PAYLOAD_BYTES, Bucket, Mirror
-from hvd_compress.compressors import Combine, Compressor, Warmup
+from hvd_compress.compressors import Combine, Compressor
 from hvd_compress.exchange import Context, exchange_for
 
 
@@ -59,22 +58,18 @@ class _EFState(GradientState):
     So a schedule that changes the rate at every step costs no pass over the residual: ``unit * g`` is
     what is added to it. With a constant rate ``unit`` is 1 and nothing is rounded.
 
-    Until the exchange ``p.grad`` is this rank's gradient, for who wants to look at it. The aggregate of a
-    compressor that selects coordinates goes into zeros that are kept (on CPUs, where memory is slow), others'
-    into the tensors that backward has left, zeroed while payloads travel.
+    The aggregate goes into the tensors that backward has left in ``p.grad``, which are zeroed while payloads
+    travel: a buffer of our own would cost as much memory again, and freeing theirs page faults. Until then
+    ``p.grad`` is this rank's gradient, for who wants to look at it.
     """
 
     def __init__(self, config: EF, bucket: Bucket, context: Context) -> None:
         self.bucket, self._config, self._context = bucket, config, context
         self._exchange = exchange_for(bucket, config.compressor, context)
         self._residual = bucket.mirror(bucket.state_dtype)
-        # The clearing is done with the selection of the step before.
-        keeps = config.compressor.selects and bucket.device.type == "cpu"
-        self._zeros = KeptZeros(bucket) if keeps and not isinstance(config.compressor, Warmup) else None
         self._targets: list[Optional[Tensor]] = [None] * len(bucket.parameters)
         self._absorbed = False
         self._rate_comes_late = False
-        self._steps = 0
         self._unit, self._lr, self._loss_scale = 1.0, 0.0, 1.0
 
     def buffers(self) -> dict[str, Mirror]:
@@ -127,9 +122,6 @@ class _EFState(GradientState):
             found = [gradients[i] for i in fresh]
             views = [self._residual.views[i] for i in fresh]
             torch._foreach_add_(views, found, alpha=self._unit / rate.loss_scale)  # type: ignore[arg-type]
-        if self._zeros is not None and self._steps:
-            self._zeros.clear(gradients, self._exchange.clear)
-        self._steps += 1
         self._exchange.begin(step)
         self._exchange.encode(self._residual.flat)
         self._exchange.launch()
@@ -142,7 +134,8 @@ class _EFState(GradientState):
 
     def finish(self) -> list[Tensor]:
         begin = time.perf_counter()
-        targets = self._zeroed()
+        targets = [_room(t, view, self.bucket.dtype) for t, view in zip(self._targets, self._residual.views)]
+        torch._foreach_zero_(targets)
         self._context.recorder.decode_seconds(time.perf_counter() - begin)
         self._exchange.wait()
         begin = time.perf_counter()
@@ -150,18 +143,8 @@ class _EFState(GradientState):
         self._exchange.keep_back(self._residual.flat)
         flats = [t.as_strided((t.numel(),), (1,)) for t in targets]
         self._exchange.scatter(flats, self._loss_scale / self._unit)
-        if self._zeros is not None:
-            self._zeros.note()
         self.abandon()
         self._context.recorder.decode_seconds(time.perf_counter() - begin)
-        return targets
-
-    def _zeroed(self) -> list[Tensor]:
-        """What becomes ``p.grad``, holding zeros."""
-        if self._zeros is not None:
-            return self._zeros.restore()
-        targets = [_room(t, view, self.bucket.dtype) for t, view in zip(self._targets, self._residual.views)]
-        torch._foreach_zero_(targets)
         return targets
 
     def owed(self, lr: float) -> Optional[Tensor]:
