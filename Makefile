@@ -7,7 +7,7 @@ NP ?= 2
 PYTEST := env PATH="$(VENV)/bin:$$PATH" $(PY) -m pytest
 export VENV
 
-.PHONY: help setup train test test-full test-slurm lint bench convergence clean distclean
+.PHONY: help setup train test test-full test-slurm lint bench convergence papers clean distclean
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*##/\t/' | expand -t 14
 
@@ -34,6 +34,9 @@ bench: setup ## step times on a virtual cluster with rate-limited links (root)
 
 convergence: setup ## the convergence table of docs/convergence.md
 	@env PATH="$(VENV)/bin:$$PATH" $(PY) benchmarks/convergence.py
+
+papers: setup ## compare the papers' methods on eight ranks (about two hours)
+	@env PATH="$(VENV)/bin:$$PATH" $(PY) benchmarks/papers.py
 
 clean: ## remove what building, testing and training left
 	rm -rf build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache runs

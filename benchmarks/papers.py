@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "benchmarks")]
 
 import report  # noqa: E402
-from convergence import update_page  # noqa: E402
+from convergence import BEGIN, END, update_page  # noqa: E402
 from launch import command  # noqa: E402
 from papers_cases import CASES  # noqa: E402
 
@@ -138,6 +138,8 @@ def main() -> int:
     if not args.no_docs:
         report.write_json({"command": "make papers", "records": summaries}, RESULTS)
         plot(summaries, FIGURE)
+        if not PAGE.exists():
+            PAGE.write_text(f"# The papers' methods compared\n\n`make papers`\n\n{BEGIN}\n{END}\n", encoding="utf-8")
         update_page(PAGE, markdown(summaries))
     return 0
 

@@ -76,7 +76,7 @@ def train(name: str, lr: float, seed: int, steps: int, sets: data.Data) -> dict[
         loss = functional.cross_entropy(model(images[chosen]), labels[chosen])
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         if (step + 1) % max(1, steps // 10) == 0:
             with optimizer.consensus():
                 curve.append(evaluate(model, test_images, test_labels))
