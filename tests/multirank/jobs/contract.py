@@ -15,8 +15,8 @@ from torch import nn
 
 from hvd_compress import DEF, EF, Dense, DistributedOptimizer, Identity, Policy, RandomBlock
 
-RANKS = (2, 3)
-FULL_RANKS = (4,)
+RANKS = (3,)
+FULL_RANKS = (2, 4)
 
 
 def sgd(model: nn.Module, lr: float = 0.1, **kwargs: Any) -> torch.optim.SGD:

@@ -12,8 +12,8 @@ from common import close, flat, joined, loss_of, network, same_everywhere, saved
 
 from hvd_compress import DEF, Identity, RandomBlock
 
-RANKS = (1, 2, 4)
-FULL_RANKS = (3, 8)
+RANKS = (1, 4)
+FULL_RANKS = (2, 3, 8)
 MPI_RANKS = (2,)
 STEPS = 200
 BLOCK = RandomBlock(density=1 / 4, seed=3)

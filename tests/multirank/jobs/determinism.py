@@ -10,7 +10,8 @@ from torch import nn
 
 from hvd_compress import DEF, EF, Cast, Dense, Identity, RandomBlock
 
-RANKS = (1, 3)
+RANKS = (3,)
+FULL_RANKS = (1,)
 
 
 def trained(compression: object) -> torch.Tensor:
