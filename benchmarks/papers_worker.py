@@ -27,6 +27,7 @@ from papers_cases import CASES  # noqa: E402
 import hvd_compress  # noqa: E402
 
 BATCH = 16  # of each rank
+VALIDATION = 5000  # images at the end of the training set, not trained on: learning rates are chosen by them
 
 
 def network(seed: int) -> nn.Module:
@@ -53,23 +54,26 @@ def evaluate(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     return float(100 * counts[0] / counts[1])
 
 
-def train(name: str, lr: float, seed: int, steps: int, sets: data.Data) -> dict[str, Any]:
-    """One run; the record that is kept of it."""
+def train(name: str, lr: float, seed: int, steps: int, points: int, sets: data.Data) -> dict[str, Any]:
+    """One run, evaluated `points` times; the record that is kept of it."""
     case = CASES[name]
     model = network(seed)
     sgd = torch.optim.SGD(
         model.parameters(), lr=lr, momentum=case.momentum, nesterov=case.nesterov, weight_decay=1e-4
     )
     optimizer = hvd_compress.DistributedOptimizer(sgd, model.named_parameters(), compression=case.build())
-    images, labels = sets.train.tensors
-    test_images, test_labels = (part[hvd.rank() :: hvd.size()] for part in sets.test.tensors)
+    mine = slice(hvd.rank(), None, hvd.size())
+    images, labels = (part[:-VALIDATION] for part in sets.train.tensors)
+    validation = tuple(part[-VALIDATION:][mine] for part in sets.train.tensors)
+    test = tuple(part[mine] for part in sets.test.tensors)
     order = torch.Generator().manual_seed(seed)
-    curve, losses, begin = [], [], time.perf_counter()
-    shuffled = torch.randperm(len(labels), generator=order)
+    whole = BATCH * hvd.size()
+    curve, losses, sent, begin = [], [], 0.0, time.perf_counter()
     for step in range(steps):
-        whole = BATCH * hvd.size()
-        at = step * whole % (len(labels) - whole)
-        chosen = shuffled[at + hvd.rank() * BATCH : at + (hvd.rank() + 1) * BATCH]
+        batch = step % (len(labels) // whole)
+        if batch == 0:
+            shuffled = torch.randperm(len(labels), generator=order)
+        chosen = shuffled[batch * whole :][:whole][mine]
         for group in optimizer.param_groups:
             group["lr"] = rate(lr, step, steps)
         optimizer.zero_grad()
@@ -77,17 +81,21 @@ def train(name: str, lr: float, seed: int, steps: int, sets: data.Data) -> dict[
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
-        if (step + 1) % max(1, steps // 10) == 0:
+        # Not the total: evaluation at a mean of models would count.
+        sent += optimizer.stats().bytes_sent
+        if (step + 1) * points // steps > step * points // steps:
             with optimizer.consensus():
-                curve.append(evaluate(model, test_images, test_labels))
-    stats = optimizer.stats()
-    last = torch.tensor([sum(losses[-steps // 10 :]) / len(losses[-steps // 10 :])])
-    loss_mean = float(hvd.allreduce(last, name="papers.loss"))
+                curve.append([step + 1, evaluate(model, *test)])
+    with optimizer.consensus():
+        held_out = evaluate(model, *validation)
+    tail = losses[-max(1, steps // 10) :]
+    figures = hvd.allgather(torch.tensor([[sum(tail) / len(tail), sent / steps]]), name="papers.figures")
+    mean_loss = float(figures[:, 0].mean())
     return {
-        "case": name, "lr": lr, "seed": seed, "steps": steps, "ranks": hvd.size(), "accuracy": curve[-1],
-        "curve": curve, "train_loss": loss_mean if math.isfinite(loss_mean) else None,
-        "bytes_per_step": stats.total_bytes_sent / steps, "parameters": sum(p.numel() for p in model.parameters()),
-        "seconds": time.perf_counter() - begin,
+        "case": name, "lr": lr, "seed": seed, "steps": steps, "ranks": hvd.size(), "accuracy": curve[-1][1],
+        "validation": held_out, "curve": curve, "train_loss": mean_loss if math.isfinite(mean_loss) else None,
+        "bytes_per_step": float(figures[:, 1].mean()), "bytes_per_step_most": float(figures[:, 1].max()),
+        "parameters": sum(p.numel() for p in model.parameters()), "seconds": time.perf_counter() - begin,
     }
 
 
@@ -95,17 +103,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", help="JSON list of [case, learning rate, seed, steps]")
     parser.add_argument("--output", type=Path, required=True, help="a JSON line per run is added here")
+    parser.add_argument("--points", type=int, default=10, help="evaluations of a run")
     parser.add_argument("--data-dir", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
     hvd.init()
     sets = data.load("fashion-mnist", args.data_dir)
     for name, lr, seed, steps in json.loads(args.runs):
-        record = train(name, lr, seed, steps, sets)
+        record = train(name, lr, seed, steps, args.points, sets)
         if hvd.rank() == 0:
             with args.output.open("a") as file:
                 file.write(json.dumps(record) + "\n")
-            print(f"{name:26} lr {lr:<6g} seed {seed}  {record['accuracy']:6.2f} %  "
+            print(f"{name:34} lr {lr:<6g} seed {seed}  {record['accuracy']:6.2f} %  "
                   f"{record['bytes_per_step'] / 1e3:8.1f} kB/step  {record['seconds']:6.1f} s", flush=True)
 
 
