@@ -1,8 +1,10 @@
 """Compressed data-parallel training for Horovod: replace ``hvd.DistributedOptimizer``, keep the script."""
 
+from typing import TYPE_CHECKING
+
+from hvd_compress import compressors
 from hvd_compress.algorithms import DEF, EF, LIEC, Algorithm, Dense, DistEF, GlobalSketch, GlobalTopK
 from hvd_compress.collectives import Adasum, Average, Compression, ProcessSet, Sum, global_process_set
-from hvd_compress.compressors import *  # noqa: F403
 from hvd_compress.optimizer import DistributedOptimizer
 from hvd_compress.policy import Policy
 from hvd_compress.telemetry import Stats
@@ -13,5 +15,11 @@ __all__ = [
     "Adasum", "Algorithm", "Average", "Compression", "DEF", "Dense", "DistEF", "DistributedOptimizer", "EF",
     "GlobalSketch", "GlobalTopK", "LIEC", "Policy", "ProcessSet", "Stats", "Sum", "global_process_set",
 ]
-# What compressors/__init__.py makes public: the compressors and their base.
-__all__ += [n for n, v in list(globals().items()) if isinstance(v, type) and issubclass(v, Compressor)]  # noqa: F405
+# What compressors/__init__.py makes public. Not by a star at run time: that would also bring the modules
+# there, over ours of the same name.
+if TYPE_CHECKING:
+    from hvd_compress.compressors import *  # noqa: F403
+
+_found = {n: v for n, v in vars(compressors).items() if isinstance(v, type) and issubclass(v, compressors.Compressor)}
+globals().update(_found)
+__all__ += list(_found)

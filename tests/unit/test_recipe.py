@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 TRIAL = """
 import horovod.torch as hvd
@@ -29,10 +31,11 @@ for step in range(5):
     parts = [strided.decode(strided.encode(part, name, step)) for name, part in zip("ab", flat.split((8, 5)))]
     assert torch.equal(image, torch.cat(parts)) and 0 < int((image != 0).sum()) < 13
 
-for algorithm in (hvd_compress.EF(strided), hvd_compress.DEF(strided), hvd_compress.DistEF(strided)):
+masked = hvd_compress.DEF(strided, coefficient=0.0, masking=True)
+for algorithm in (hvd_compress.EF(strided), hvd_compress.DEF(strided), masked, hvd_compress.DistEF(strided)):
     torch.manual_seed(0)
     model = torch.nn.Linear(5, 3)
-    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.5)
     optimizer = hvd_compress.DistributedOptimizer(sgd, model.named_parameters(), compression=algorithm)
     losses = []
     for _ in range(30):
@@ -47,7 +50,7 @@ print("trained")
 """
 
 
-def attempt(directory: Path, with_line: bool) -> subprocess.CompletedProcess[str]:
+def attempt(directory: Path, name: str, with_line: bool) -> subprocess.CompletedProcess[str]:
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     code = re.search(r"```python\n(.*?)```", text, re.DOTALL)
     line = re.search(r"`(from hvd_compress\.compressors\.NAME import Name as Name)`", text)
@@ -55,23 +58,24 @@ def attempt(directory: Path, with_line: bool) -> subprocess.CompletedProcess[str
     assert line
     shutil.copytree(ROOT / "hvd_compress", directory / "hvd_compress", ignore=shutil.ignore_patterns("__pycache__"))
     compressors = directory / "hvd_compress" / "compressors"
-    (compressors / "strided.py").write_text(code.group(1), encoding="utf-8")
+    (compressors / f"{name}.py").write_text(code.group(1), encoding="utf-8")
     if with_line:
         with (compressors / "__init__.py").open("a", encoding="utf-8") as file:
-            file.write(line.group(1).replace("NAME", "strided").replace("Name", "Strided") + "\n")
+            file.write(line.group(1).replace("NAME", name).replace("Name", "Strided") + "\n")
     return subprocess.run(
         [sys.executable, "-c", TRIAL], cwd=directory, text=True, capture_output=True, timeout=120, check=False,
         env={**os.environ, "PYTHONPATH": str(directory), "OMP_NUM_THREADS": "1"},
     )
 
 
-def test_one_file_and_one_line(tmp_path: Path) -> None:
-    ended = attempt(tmp_path, with_line=True)
+@pytest.mark.parametrize("name", ["strided", "sparse"])  # the package has a module sparse of its own
+def test_one_file_and_one_line(tmp_path: Path, name: str) -> None:
+    ended = attempt(tmp_path, name, with_line=True)
     assert ended.returncode == 0, ended.stderr
     assert "trained" in ended.stdout
 
 
 def test_without_the_line_it_is_not_there(tmp_path: Path) -> None:
-    ended = attempt(tmp_path, with_line=False)
+    ended = attempt(tmp_path, "strided", with_line=False)
     assert ended.returncode != 0
     assert "Strided" in ended.stderr
