@@ -57,7 +57,7 @@ class Policy(Algorithm):
             if not all(isinstance(key, kind) for key, _ in pairs):
                 raise ValueError(f"Policy: {argument}={value!r} is not allowed; its keys must be {kind.__name__}s")
             object.__setattr__(self, argument, pairs)
-        for algorithm in (self.default, *(a for _, a in (*self._patterns, *self._groups))):
+        for algorithm in self._algorithms:
             self._check(algorithm)
 
     def _check(self, algorithm: object) -> None:
@@ -76,10 +76,19 @@ class Policy(Algorithm):
                 f"Policy: {algorithm!r} has local_steps={algorithm.local_steps}, default={self.default!r} "
                 f"{self.default.local_steps}; they must be equal, as all parameters are exchanged together"
             )
+        if algorithm.clip_norm not in (None, self.default.clip_norm):
+            raise ValueError(
+                f"Policy: {algorithm!r} has clip_norm={algorithm.clip_norm}, default={self.default!r} "
+                f"{self.default.clip_norm}; give it to the default, as the norm of all gradients together is clipped"
+            )
 
     @property
     def _patterns(self) -> tuple[tuple[str, Algorithm], ...]:
         return self.patterns  # type: ignore[return-value]
+
+    @property
+    def _algorithms(self) -> tuple[Algorithm, ...]:
+        return (self.default, *(a for _, a in (*self._patterns, *self._groups)))
 
     @property
     def _groups(self) -> tuple[tuple[int, Algorithm], ...]:
@@ -99,7 +108,11 @@ class Policy(Algorithm):
 
     @property
     def gathers(self) -> bool:
-        return any(a.gathers for a in (self.default, *(a for _, a in (*self._patterns, *self._groups))))
+        return any(a.gathers for a in self._algorithms)
+
+    @property
+    def local_models(self) -> bool:  # type: ignore[override]
+        return any(a.local_models for a in self._algorithms)
 
     def choose(self, entry: Entry) -> Algorithm:
         parameter = entry.parameter
@@ -115,11 +128,11 @@ class Policy(Algorithm):
 
     def _kindred(self, algorithm: Algorithm) -> Algorithm:
         if isinstance(algorithm, Dense) and self.exchanges_updates:
-            return dense_on_updates(self.local_steps)
+            return dense_on_updates(self.local_steps, algorithm.wire)
         return algorithm
 
     def check(self, link: Link) -> None:
-        for algorithm in (self.default, *(a for _, a in (*self._patterns, *self._groups))):
+        for algorithm in self._algorithms:
             algorithm.check(link)
 
     def attach(self, bucket: Bucket, context: Context) -> State:

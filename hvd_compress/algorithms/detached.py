@@ -91,9 +91,9 @@ class DEF(Algorithm):
         return _DEFState(self, bucket, context)
 
 
-def dense_on_updates(local_steps: int = 1) -> DEF:
-    """Updates averaged uncompressed: what Dense is among algorithms that exchange updates."""
-    return DEF(Identity(), coefficient=0.0, local_steps=local_steps)
+def dense_on_updates(local_steps: int = 1, wire: Compressor = Identity()) -> DEF:  # noqa: B008 - frozen
+    """Updates averaged uncompressed (or cast): what Dense(wire) is among algorithms that exchange updates."""
+    return DEF(wire, coefficient=0.0, local_steps=local_steps)
 
 
 class _DEFState(HeldUpdates):

@@ -74,6 +74,8 @@ def check_values_of_the_other_papers() -> None:
         (lambda: Warmup(BlockSign()), ("Warmup", "BlockSign", "density")),
         (lambda: Policy(EF(TopK()), groups={0: DEF(TopK())}), ("Policy", "DEF", "gradients", "updates")),
         (lambda: Policy(EF(TopK()), patterns={3: Dense()}), ("Policy", "patterns")),
+        (lambda: Policy(DEF(TopK()), groups={0: DEF(TopK(), clip_norm=5.0)}), ("Policy", "clip_norm=5.0", "default")),
+        (lambda: Policy(DEF(TopK()), groups={0: DEF(TopK(), local_steps=2)}), ("Policy", "local_steps=2")),
     ]
     for build, fragments in wrong:
         raises(ValueError, *fragments, call=lambda b=build: attempt(model, b()))

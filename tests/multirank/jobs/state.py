@@ -16,11 +16,11 @@ from common import close, flat, held, loss_of, network, raises, same_everywhere,
 from everything import BLOCK
 from horovod.torch.elastic import TorchState
 
-from hvd_compress import DEF, EF, LIEC, BlockSign, Dense, DistEF, Identity, TopK
+from hvd_compress import DEF, EF, LIEC, BlockSign, Dense, DistEF, Identity, Policy, TopK
 
 RANKS = (2,)
 FULL_RANKS = (1, 3, 4)
-LOSSY = (*everything.LOSSY, DEF(BLOCK, 0.0), DEF(BLOCK, "auto"))
+LOSSY = (*everything.LOSSY, DEF(BLOCK, 0.0), DEF(BLOCK, "auto"), Policy(LIEC(BLOCK, 4), dense_dims=1))
 
 
 def make(compression: Any, dtype: torch.dtype = torch.float32, seed: int = 0, **kwargs: Any) -> tuple[Any, Any]:
