@@ -12,6 +12,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import hvd_compress
 
+ALGORITHMS = ("dense", "ef", "def", "dist-ef", "liec", "gs-sgd", "gtop-k")
+COMPRESSORS = ("random-block", "random-k", "top-k", "sign", "low-rank", "cast", "identity")
+# What an algorithm is given unless --compressor says otherwise; those that choose coordinates themselves take none.
+USUAL = {"ef": "random-block", "def": "random-block", "dist-ef": "sign", "liec": "sign"}
+
 
 def fraction(text: str) -> float:
     """`1/64` or `0.015625`, for an option of argparse."""
@@ -46,26 +51,62 @@ def parse(description: str | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("runs/train"), help="for log and checkpoints")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --output, if any")
-    if "hvd_compress" in sys.modules:
-        group = parser.add_argument_group("compression")
-        group.add_argument("--compression", choices=["dense", "ef", "def"], default="def")
-        group.add_argument("--density", type=fraction, default=1 / 64, help="fraction of elements sent")
-        group.add_argument("--coefficient", type=coefficient, default=0.3, help="of DEF; may be `auto`")
-        group.add_argument("--evaluate-virtual", action="store_true",
-                           help="evaluate also at the virtual iterate y (one dense allreduce an epoch)")
-    return parser.parse_args()
+    if "hvd_compress" not in sys.modules:
+        return parser.parse_args()
+    group = parser.add_argument_group("compression")
+    group.add_argument("--compression", choices=ALGORITHMS, default="def", help="the algorithm")
+    group.add_argument("--compressor", choices=COMPRESSORS,
+                       help="what ef, def, dist-ef and liec send (default: random-block; sign for the last two)")
+    group.add_argument("--density", type=fraction, default=1 / 64,
+                       help="fraction of elements sent; of gs-sgd, size of the sketch")
+    group.add_argument("--coefficient", type=coefficient, default=0.3, help="of def; may be `auto`")
+    group.add_argument("--low-rank", type=int, default=4, help="of the factors that low-rank sends")
+    group.add_argument("--averaging-period", type=int, default=32, help="of liec, in steps")
+    group.add_argument("--sketch-exchange", choices=["allreduce", "tree", "allgather"], default="allreduce",
+                       help="how gs-sgd adds sketches; a tree needs MPI, as gtop-k does")
+    group.add_argument("--evaluate-virtual", action="store_true",
+                       help="evaluate also at the virtual iterate y (one dense allreduce an epoch)")
+    args = parser.parse_args()
+    if args.compressor and args.compression not in USUAL:
+        parser.error(f"--compressor {args.compressor}: {args.compression} takes none; leave it out")
+    try:
+        compression(args)  # before anything is started: what cannot be combined is a mistake on the command line
+    except ValueError as error:
+        parser.error(str(error))
+    return args
 
 
-def compression(args: argparse.Namespace) -> hvd_compress.Dense | hvd_compress.EF | hvd_compress.DEF:
-    """The algorithm asked for with --compression, --density and --coefficient."""
+def compressor(args: argparse.Namespace) -> hvd_compress.Compressor:
+    """What is asked for with --compressor, --density and --low-rank, or what is usual for the algorithm."""
     import hvd_compress
 
-    if args.compression == "dense":
-        return hvd_compress.Dense()
-    block = hvd_compress.RandomBlock(density=args.density, seed=args.seed)
-    if args.compression == "ef":
-        return hvd_compress.EF(block)
-    return hvd_compress.DEF(block, coefficient=args.coefficient)
+    build: dict[str, Callable[[], hvd_compress.Compressor]] = {
+        "random-block": lambda: hvd_compress.RandomBlock(density=args.density, seed=args.seed),
+        "random-k": lambda: hvd_compress.RandomK(density=args.density, seed=args.seed),
+        "top-k": lambda: hvd_compress.TopK(density=args.density),
+        "sign": hvd_compress.BlockSign,
+        "low-rank": lambda: hvd_compress.LowRank(rank=args.low_rank, seed=args.seed),
+        "cast": hvd_compress.Cast,
+        "identity": hvd_compress.Identity,
+    }
+    return build[args.compressor or USUAL[args.compression]]()
+
+
+def compression(args: argparse.Namespace) -> hvd_compress.Algorithm:
+    """The algorithm asked for on the command line. Raises ValueError for what cannot be combined."""
+    import hvd_compress
+
+    build: dict[str, Callable[[], hvd_compress.Algorithm]] = {
+        "dense": hvd_compress.Dense,
+        "ef": lambda: hvd_compress.EF(compressor(args)),
+        "def": lambda: hvd_compress.DEF(compressor(args), coefficient=args.coefficient),
+        "dist-ef": lambda: hvd_compress.DistEF(compressor(args)),
+        "liec": lambda: hvd_compress.LIEC(compressor(args), averaging_period=args.averaging_period),
+        "gs-sgd": lambda: hvd_compress.GlobalSketch(
+            hvd_compress.CountSketch(density=args.density, seed=args.seed), exchange=args.sketch_exchange),
+        "gtop-k": lambda: hvd_compress.GlobalTopK(density=args.density),
+    }
+    return build[args.compression]()
 
 
 def warm_up_and_decay(args: argparse.Namespace, steps_per_epoch: int) -> Callable[[int], float]:
