@@ -14,16 +14,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
+sys.path[:0] = [str(ROOT / "examples"), str(ROOT)]
 
 import report  # noqa: E402
 from launch import LaunchError, launch  # noqa: E402
+
+from benchmarks.page import update_page  # noqa: E402
 
 SCRIPT = ROOT / "examples" / "train.py"
 RESULTS = ROOT / "benchmarks" / "results" / "convergence.json"
 FIGURE = ROOT / "docs" / "figures" / "convergence.png"
 PAGE = ROOT / "docs" / "convergence.md"
-BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 MARGIN = 1.0  # points of test accuracy that DEF may lose
 
 
@@ -160,15 +161,6 @@ def plot(records: list[dict[str, Any]], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
-
-
-def update_page(page: Path, text: str) -> None:
-    """Puts `text` between the two marks of the page."""
-    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-    _, mark, after = rest.partition(END)
-    if not mark:
-        raise SystemExit(f"{page} lacks the lines {BEGIN} and {END}")
-    page.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
 
 
 def main() -> int:

@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "benchmarks")]
+sys.path[:0] = [str(ROOT / "examples"), str(ROOT)]
 
 import report  # noqa: E402
-from convergence import BEGIN, END, update_page  # noqa: E402
 from launch import command  # noqa: E402
-from papers_cases import CASES  # noqa: E402
+
+from benchmarks.page import BEGIN, END, update_page  # noqa: E402
+from benchmarks.papers_cases import CASES  # noqa: E402
 
 WORKER = ROOT / "benchmarks" / "papers_worker.py"
 RESULTS = ROOT / "benchmarks" / "results" / "papers.json"

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "benchmarks")]
+sys.path[:0] = [str(ROOT / "examples"), str(ROOT)]
 
 import data  # noqa: E402
-from papers_cases import CASES  # noqa: E402
 
 import hvd_compress  # noqa: E402
+from benchmarks.papers_cases import CASES  # noqa: E402
 
 BATCH = 16  # of each rank
 VALIDATION = 5000  # images at the end of the training set, not trained on: learning rates are chosen by them

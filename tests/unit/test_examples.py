@@ -20,17 +20,19 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
-sys.path[:0] = [str(EXAMPLES), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(EXAMPLES))
 
 import checkpoint  # noqa: E402
 import common  # noqa: E402
 import compare  # noqa: E402
-import convergence  # noqa: E402
 import data  # noqa: E402
 import launch  # noqa: E402
 import options  # noqa: E402
 import report  # noqa: E402
 from model import SmallResNet  # noqa: E402
+
+from benchmarks import convergence  # noqa: E402
+from benchmarks.page import BEGIN, END, update_page  # noqa: E402
 
 
 def test_the_scripts_differ_in_one_import_and_the_optimizer_line() -> None:
@@ -211,8 +213,8 @@ def test_the_benchmark_says_when_def_falls_behind(tmp_path: Path) -> None:
     } for name, value in accuracy.items()]
     assert "NOT within 1 point of dense (-1.50)" in convergence.verdicts(records)[0]
     page = tmp_path / "page.md"
-    page.write_text(f"above\n{convergence.BEGIN}\nold\n{convergence.END}\nbelow\n")
-    convergence.update_page(page, convergence.markdown(records))
+    page.write_text(f"above\n{BEGIN}\nold\n{END}\nbelow\n")
+    update_page(page, convergence.markdown(records))
     text = page.read_text()
     assert text.startswith("above\n") and text.endswith("below\n") and "old" not in text and "-58.00" in text
     convergence.plot(records, tmp_path / "figure.png")
@@ -233,6 +235,10 @@ def train(script: str, output: Path, ranks: int, *more: str) -> None:
     pytest.param("train.py", ["--compression", "dense"], 2, marks=pytest.mark.full),
     pytest.param("train.py", ["--compression", "ef", "--density", "1/8"], 2, marks=pytest.mark.full),
     pytest.param("train.py", ["--compression", "def", "--density", "1/8"], 2, marks=pytest.mark.full),
+    pytest.param("train.py", ["--compression", "dist-ef"], 2, marks=pytest.mark.full),
+    pytest.param("train.py", ["--compression", "liec", "--averaging-period", "5"], 2, marks=pytest.mark.full),
+    pytest.param("train.py", ["--compression", "gs-sgd", "--density", "1/8"], 2, marks=pytest.mark.full),
+    pytest.param("train.py", ["--compression", "ef", "--compressor", "top-k"], 2, marks=pytest.mark.full),
 ])
 def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, script: str, options: list[str], ranks: int) -> None:
     train(script, tmp_path / "whole", ranks, *options)
