@@ -16,6 +16,7 @@ from hvd_compress.arguments import Groups
 from hvd_compress.buckets import Entry
 from hvd_compress.collectives import Link, Sum, is_elastic
 from hvd_compress.exchange import Context, Reduction
+from hvd_compress.hooks import weakly
 from hvd_compress.partition import Partition
 from hvd_compress.rewrites import RewriteWatch
 from hvd_compress.telemetry import Recorder
@@ -91,7 +92,7 @@ class Reducer:
             if parameter.requires_grad and parameter not in self._delay:
                 self._delay[parameter] = self.passes
                 self.tracked.append(parameter)
-                parameter.register_post_accumulate_grad_hook(self._on_gradient)  # type: ignore[no-untyped-call]
+                parameter.register_post_accumulate_grad_hook(weakly(self._on_gradient))  # type: ignore[no-untyped-call]
                 self._built = False
 
     def set_passes(self, passes: int) -> None:
@@ -207,9 +208,8 @@ class Reducer:
     @property
     def dense_bytes(self) -> float:
         """Bytes one rank would send for an uncompressed exchange of everything."""
-        size = self.link.size
         nbytes = sum(s.bucket.layout.total * s.bucket.dtype.itemsize for s in self.states)
-        return 2 * (size - 1) / size * nbytes
+        return 2 * (self.link.size - 1) / self.link.size * nbytes
 
     # -- gradients -------------------------------------------------------------------------------------
 
@@ -316,5 +316,5 @@ class Reducer:
         self._watch.remember(self._points())
 
     def drop_pass_counts(self) -> None:
-        """Nothing was exchanged: only the counting of backward passes starts anew."""
+        """Nothing was exchanged: count backward passes anew."""
         self._reset()

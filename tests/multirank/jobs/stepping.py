@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import io
+import weakref
 from typing import Any
 
 import harness
@@ -36,6 +38,28 @@ def check_accumulated_passes_are_one_pass_of_the_sum() -> None:
                 optimizer.step()
             results.append(flat(model))
         close(results[1], results[0], 1e-9, f"parameters with {compression}")
+
+
+def check_a_dropped_optimizer_is_gone() -> None:
+    """Its memory is free, its hooks on the model's parameters do nothing: another optimizer may take the model."""
+    for compression in (*EXACT, *LOSSY):
+        model = network()
+        optimizer = wrap(model, sgd(model), compression)
+        train(model, optimizer, 2, lambda t: 0.05)
+        dropped = weakref.ref(optimizer)
+        del optimizer
+        gc.collect()
+        assert dropped() is None, f"{compression} stays"
+        loss_of(model, hvd.rank(), 2).backward()
+        hvd.broadcast_parameters(model.state_dict(), root_rank=0)
+        optimizer = wrap(model, sgd(model), compression)
+        train(model, optimizer, 2, lambda t: 0.05)
+        with optimizer.consensus():
+            same_everywhere(flat(model), f"x after {compression} was dropped and built anew")
+        parameter = weakref.ref(next(model.parameters()))
+        del optimizer, model
+        gc.collect()
+        assert parameter() is None, f"parameters stay after {compression}"
 
 
 def check_predivide_alone() -> None:
