@@ -7,7 +7,7 @@ NP ?= 2
 PYTEST := env PATH="$(VENV)/bin:$$PATH" $(PY) -m pytest
 export VENV
 
-.PHONY: help setup train test test-full test-slurm lint bench convergence papers clean distclean
+.PHONY: help setup train test test-full test-slurm lint bench volume convergence papers clean distclean
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*##/\t/' | expand -t 14
 
@@ -31,6 +31,9 @@ lint: setup ## ruff and mypy
 
 bench: setup ## step times on a virtual cluster with rate-limited links (root)
 	@env PATH="$(VENV)/bin:$$PATH" $(PY) benchmarks/run.py
+
+volume: setup ## bytes per method, rank and step on the virtual cluster against the formulas (root)
+	@env PATH="$(VENV)/bin:$$PATH" $(PY) benchmarks/volume.py
 
 convergence: setup ## the convergence table of docs/convergence.md
 	@env PATH="$(VENV)/bin:$$PATH" $(PY) benchmarks/convergence.py
