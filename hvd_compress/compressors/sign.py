@@ -114,7 +114,7 @@ class _Blocks:
         self.numel, self.count = int(lengths.sum()), len(lengths)
         self.nbytes = -(-self.numel // 8)
         self._long = long  # few and long, one by one; or many and short
-        self._lengths = torch.tensor(lengths.tolist(), dtype=torch.int64, device=device)
+        self._lengths = torch.from_numpy(lengths.astype(np.int64)).to(device, non_blocking=True)
         self._dtype, self._device = dtype, device
         self._scratch: Optional[tuple[Tensor, Tensor, Tensor]] = None
         self._owners: Optional[Tensor] = None

@@ -1,8 +1,8 @@
-"""The other papers' algorithms on an accelerator, without one: see test_devices."""
+"""The other papers' algorithms on an accelerator, without one: see accelerator."""
 
 from __future__ import annotations
 
-from typing import Any, Callable, Iterator, Optional, Sequence
+from typing import Any, Optional, Sequence
 
 import pytest
 import torch
@@ -31,8 +31,10 @@ from hvd_compress.buckets import Bucket
 from hvd_compress.collectives import Pending
 from hvd_compress.exchange import Context, Reduction, TwoWayExchange
 from hvd_compress.telemetry import Recorder
-from tests.unit.test_codec_devices import Uploading
-from tests.unit.test_devices import DEVICE, StubLink, bucket
+from tests.unit.accelerator import DEVICE, Uploading, uploading
+from tests.unit.test_devices import StubLink, bucket
+
+__all__ = ["uploading"]  # the fixture
 
 GATHERED = [TopK(density=0.1), TopK(density=0.1, sampled=True), BlockSign(), BlockSign(block_size=16)]
 OTHERS = [RandomK(density=0.2), LowRank(rank=2), Warmup(TopK(0.1), densities=(1.0, 0.5), steps=1)]
@@ -68,21 +70,6 @@ class GatheringLink(StubLink):
         return Pending(None, (torch.cat([tensor[: int(splits[0])]] * self.size), splits))
 
 
-@pytest.fixture
-def accelerator(monkeypatch: pytest.MonkeyPatch) -> Iterator[Uploading]:
-    real_address: Callable[[Tensor], int] = Tensor.data_ptr
-
-    def address(tensor: Tensor) -> int:  # all meta tensors have address 0
-        if tensor.device != DEVICE:
-            return real_address(tensor)
-        return int(tensor.untyped_storage()._cdata + tensor.storage_offset() * tensor.element_size())
-
-    monkeypatch.setattr(Tensor, "data_ptr", address)
-    with Uploading() as mode:
-        yield mode
-    assert mode.operations, "nothing ran on the device: the test proves nothing"
-
-
 def attach(
     algorithm: Algorithm, dtype: torch.dtype, reduction: Reduction, momenta: Sequence[int] = ()
 ) -> tuple[Bucket, GatheringLink, Any]:
@@ -107,7 +94,7 @@ def stable(link: StubLink) -> None:
 @cases
 @pytest.mark.parametrize("algorithm", GRADIENT_ALGORITHMS, ids=str)
 def test_gradient_algorithms(
-    accelerator: Uploading, algorithm: Algorithm, dtype: torch.dtype, reduction: Reduction
+    uploading: Uploading, algorithm: Algorithm, dtype: torch.dtype, reduction: Reduction
 ) -> None:
     b, link, state = attach(algorithm, dtype, reduction)
     assert isinstance(state, GradientState)
@@ -129,7 +116,7 @@ def test_gradient_algorithms(
 @cases
 @pytest.mark.parametrize("algorithm", UPDATE_ALGORITHMS, ids=str)
 def test_update_algorithms(
-    accelerator: Uploading, algorithm: Algorithm, dtype: torch.dtype, reduction: Reduction
+    uploading: Uploading, algorithm: Algorithm, dtype: torch.dtype, reduction: Reduction
 ) -> None:
     b, link, state = attach(algorithm, dtype, reduction, momenta=(0, 1))
     assert isinstance(state, UpdateState)

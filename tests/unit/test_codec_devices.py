@@ -1,15 +1,15 @@
-"""Codecs of gathered and of drawn payloads on an accelerator, without one: see test_devices."""
+"""Codecs of gathered and of drawn payloads on an accelerator, without one: see accelerator."""
 
 from __future__ import annotations
-
-from typing import Any, Iterator, Optional
 
 import pytest
 import torch
 from torch import Tensor
 
 from hvd_compress.compressors import BlockSign, Codec, Compressor, Layout, RandomK, SummableCodec, TopK
-from tests.unit.test_devices import DEVICE, Accelerator, HostWaits
+from tests.unit.accelerator import DEVICE, HostWaits, Uploading, uploading
+
+__all__ = ["uploading"]  # the fixture
 
 COMPRESSORS: list[Compressor] = [
     TopK(density=0.1), TopK(density=1), TopK(density=0.1, sampled=True), BlockSign(), BlockSign(block_size=7),
@@ -20,27 +20,11 @@ WIDE = [torch.float32, torch.float64]
 compressors = pytest.mark.parametrize("compressor", COMPRESSORS, ids=str)
 
 
-class Uploading(Accelerator):
-    """Lets host memory be copied to the device without waiting: what is drawn on the host must get there."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Optional[dict[str, Any]] = None) -> Any:
-        if func is torch.ops.aten._to_copy.default and kwargs and kwargs.get("non_blocking"):
-            return func(*args, **kwargs)
-        return super().__torch_dispatch__(func, types, args, kwargs)
-
-
-@pytest.fixture
-def accelerator() -> Iterator[Uploading]:
-    with Uploading() as mode:
-        yield mode
-    assert mode.operations, "nothing ran on the device: the test proves nothing"
-
-
 def memory(codec: Codec) -> Tensor:
     return torch.zeros(codec.numel, dtype=codec.dtype, device=DEVICE)
 
 
-def test_only_uploads_are_let_pass(accelerator: Uploading) -> None:
+def test_only_uploads_are_let_pass(uploading: Uploading) -> None:
     v = torch.zeros(9, device=DEVICE)
     assert torch.zeros(9).to(DEVICE, non_blocking=True).device == DEVICE
     with pytest.raises(HostWaits, match="moves"):
@@ -53,7 +37,7 @@ def test_only_uploads_are_let_pass(accelerator: Uploading) -> None:
 
 @compressors
 @pytest.mark.parametrize("dtype", WIDE)
-def test_codecs(accelerator: Uploading, compressor: Compressor, dtype: torch.dtype) -> None:
+def test_codecs(uploading: Uploading, compressor: Compressor, dtype: torch.dtype) -> None:
     codec, flat = compressor.codec(LAYOUT, dtype, DEVICE), torch.zeros(50, dtype=dtype, device=DEVICE)
     assert isinstance(codec, Codec)
     wire = memory(codec)
@@ -68,7 +52,7 @@ def test_codecs(accelerator: Uploading, compressor: Compressor, dtype: torch.dty
 
 @compressors
 @pytest.mark.parametrize("dtype", WIDE)
-def test_shards(accelerator: Uploading, compressor: Compressor, dtype: torch.dtype) -> None:
+def test_shards(uploading: Uploading, compressor: Compressor, dtype: torch.dtype) -> None:
     shards = compressor.sharded(LAYOUT, [0, 16, 40, 50], dtype, DEVICE)
     flat, wires = torch.zeros(50, dtype=dtype, device=DEVICE), [memory(codec) for codec in shards.codecs]
     for step in range(3):
@@ -80,7 +64,7 @@ def test_shards(accelerator: Uploading, compressor: Compressor, dtype: torch.dty
 
 @compressors
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, *WIDE])
-def test_tensors_one_by_one(accelerator: Uploading, compressor: Compressor, dtype: torch.dtype) -> None:
+def test_tensors_one_by_one(uploading: Uploading, compressor: Compressor, dtype: torch.dtype) -> None:
     for shape in ((7, 5), (), (0, 3), (1,)):
         for step in range(4):
             decoded = compressor.decode(compressor.encode(torch.zeros(shape, dtype=dtype, device=DEVICE), "w", step))

@@ -1,4 +1,4 @@
-"""Compressors with codecs of their own kind on an accelerator, without one: see test_devices."""
+"""Compressors with codecs of their own kind on an accelerator, without one: see accelerator."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hvd_compress.compressors import Compressor, CountSketch, Layout, LowRank
-from tests.unit.test_devices import DEVICE, Accelerator, accelerator
+from tests.unit.accelerator import DEVICE, Accelerator, accelerator
 
 __all__ = ["accelerator"]  # the fixture
 
