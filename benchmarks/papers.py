@@ -30,7 +30,7 @@ WORKER = ROOT / "benchmarks" / "papers_worker.py"
 RESULTS = ROOT / "benchmarks" / "results" / "papers.json"
 FIGURE = ROOT / "docs" / "figures" / "papers.png"
 PAGE = ROOT / "docs" / "papers.md"
-TUNING, TUNING_SEED, EXTENSIONS = 3, 1000, 2  # a fraction of the steps; not a seed of the table; beyond the grid
+TUNING, TUNING_SEED, EXTENSIONS = 3, 1000, 6  # a fraction of the steps; not a seed of the table; beyond the grid
 POINTS = 10  # evaluations along a run
 Run = tuple[str, float, int, int]
 
