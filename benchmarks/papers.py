@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import statistics
@@ -58,22 +59,44 @@ def ensure(runs: list[Run], points: int, log: Path, args: argparse.Namespace) ->
     return done(log)
 
 
+def score(record: dict[str, Any]) -> float:
+    """What a learning rate is chosen by: held-out accuracy; where nothing was learned, the smaller rate is better.
+
+    A run that has diverged still guesses right now and then, which must not count.
+    """
+    learned = record["train_loss"] is not None and record["train_loss"] < math.log(10)
+    return float(record["validation"]) if learned else -float(record["lr"])
+
+
 def tuned(args: argparse.Namespace, log: Path) -> dict[str, dict[float, float]]:
-    """Held-out accuracy by learning rate, per case that is tuned: its grid, and beyond an end that came out best."""
+    """Scores by learning rate, per case that is tuned: its grid, beyond an end that came out best, then about the best.
+
+    The grid rises by a factor of about 3; last come the rates that lie half-way to the neighbours of the best.
+    """
     steps = args.steps // TUNING
     wanted = dict.fromkeys(CASES[name].rate_of or name for name in args.cases)
     grids = {name: list(CASES[name].grid) for name in wanted}
     found: dict[str, dict[float, float]] = {}
-    for _ in range(1 + EXTENSIONS):
+
+    def run() -> None:
         runs = [(name, lr, TUNING_SEED, steps) for name, grid in grids.items() for lr in grid]
         records = ensure(runs, 1, log, args)
         for name, grid in grids.items():
-            found[name] = {lr: records[name, lr, TUNING_SEED, steps]["validation"] for lr in grid}
+            found[name] = {lr: score(records[name, lr, TUNING_SEED, steps]) for lr in grid}
+
+    for _ in range(1 + EXTENSIONS):
+        run()
+        for name, grid in grids.items():
             best = max(grid, key=found[name].__getitem__)
             if best == grid[-1]:
                 grid.append(float(f"{best * grid[1] / grid[0]:.2g}"))
             elif best == grid[0]:
                 grid.insert(0, float(f"{best * grid[0] / grid[1]:.2g}"))
+    for name, grid in grids.items():
+        best = max(found[name], key=found[name].__getitem__)
+        between = math.sqrt(CASES[name].grid[1] / CASES[name].grid[0])
+        grid += [float(f"{best / between:.2g}"), float(f"{best * between:.2g}")]
+    run()
     return found
 
 
