@@ -28,10 +28,15 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class Mirror:
-    """A contiguous vector and, for each parameter of a bucket, a view with that parameter's shape."""
+    """A contiguous vector and, for each parameter of a bucket, a view with that parameter's shape.
+
+    Of a vector that is a shard of the bucket, the views are the parts of the parameters that it has, flat, each
+    from the element of the parameter that ``begins`` says.
+    """
 
     flat: Tensor
     views: list[Tensor]
+    begins: tuple[int, ...] = ()
 
 
 class Bucket:
@@ -69,6 +74,10 @@ class Bucket:
             flat = torch.zeros(self.layout.total, dtype=dtype, device=self.device)
         parts = pieces(flat, self.layout.numels)
         return Mirror(flat, [_like(part, p) for part, p in zip(parts, self.parameters)])
+
+    def part(self, flat: Tensor, index: int) -> Tensor:
+        """Parameter ``index`` of a flat vector, in the order of memory."""
+        return pieces(flat, self.layout.numels)[index]
 
     def adopt(self, mirror: Mirror) -> None:
         """Move the parameters' storage into ``mirror`` (same dtype), keeping their values."""

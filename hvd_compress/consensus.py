@@ -83,6 +83,7 @@ class Consensus:
         for state in reducer.states:
             if (target := self._target(state, "virtual")) is not None:
                 state.restart(target)
+        reducer.local_steps_done = 0
         reducer.stand()
 
     def mean_loss(self, loss: Any) -> Any:

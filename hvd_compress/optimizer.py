@@ -160,6 +160,7 @@ class _DistributedOptimizer(torch.optim.Optimizer):
             if reducer.algorithm.exchanges_updates:
                 reducer.drop_pass_counts()
                 self._complete_gradients()
+                reducer.sum_gradients()
             else:
                 self._skip_agreed = reducer.synchronize()
         self._synchronized = True
@@ -228,6 +229,7 @@ class _DistributedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
             self._complete_gradients()
+            self._reducer.sum_gradients()
             return loss
 
         return completed_closure

@@ -14,7 +14,7 @@ from hvd_compress import amp, presence, sparse
 from hvd_compress.algorithms.base import Algorithm, GradientState, Rate, State, UpdateState
 from hvd_compress.arguments import Groups
 from hvd_compress.buckets import Entry
-from hvd_compress.collectives import Link, Sum, is_elastic
+from hvd_compress.collectives import Average, Link, Sum, is_elastic
 from hvd_compress.exchange import Context, Reduction
 from hvd_compress.hooks import weakly
 from hvd_compress.partition import Partition
@@ -47,7 +47,9 @@ class Reducer:
         self._optimizer = weakref.ref(optimizer)
         self.names, self.algorithm, self.link, self.reduction = names, algorithm, link, reduction
         self.recorder = Recorder()
-        context = Context(link, reduction, self.recorder, self._state_of)
+        # Updates are averaged whatever the op: with Sum the gradients have been multiplied before.
+        exchanged = Reduction(Average, reduction.predivide) if algorithm.exchanges_updates else reduction
+        context = Context(link, exchanged, self.recorder, self._state_of)
         self._partition = Partition(algorithm, context, groups, sparse_as_dense)
         self.step = 0
         self.local_steps_done = 0
@@ -281,6 +283,13 @@ class Reducer:
 
     # -- updates ---------------------------------------------------------------------------------------
 
+    def sum_gradients(self) -> None:
+        """With op=Sum: this rank's gradients as its share of a mean, so that momentum and weight decay see a sum."""
+        if self.reduction.op == Sum and self.link.size > 1:
+            for p in self.tracked:
+                if p.grad is not None:
+                    p.grad.mul_(self.link.size)
+
     def before_update(self) -> None:
         """The wrapped optimizer is about to step: make sure the states stand where the parameters are."""
         self.settle()
@@ -288,7 +297,9 @@ class Reducer:
         for state in self.states:
             state.bucket.reclaim(cast(UpdateState, state).local)
         if self.algorithm.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.tracked, self.algorithm.clip_norm / math.sqrt(self.link.size))
+            norm = self.algorithm.clip_norm / math.sqrt(self.link.size)
+            summed = self.link.size if self.reduction.op == Sum else 1
+            torch.nn.utils.clip_grad_norm_(self.tracked, norm * summed)
 
     def exchange_updates(self) -> None:
         """The wrapped optimizer has stepped: exchange what it subtracted, if it is time to."""
@@ -296,10 +307,12 @@ class Reducer:
         assert optimizer is not None
         self._reset()
         self.local_steps_done += 1
+        states = [cast(UpdateState, state) for state in self.states]
         if self.local_steps_done < self.algorithm.local_steps:
+            for state in states:
+                state.underway = True
             return
         self.local_steps_done = 0
-        states = [cast(UpdateState, state) for state in self.states]
         for state in states:
             lr = float(optimizer.param_groups[max(state.bucket.group, 0)].get("lr", 1.0))
             state.start(self.step, lr)

@@ -13,27 +13,36 @@ from typing import Any, Mapping, Optional, Sequence
 import torch
 from torch import Tensor
 
-from hvd_compress.algorithms.base import HELD_BACK, OWN, State, UpdateState
+from hvd_compress.algorithms.base import HELD_BACK, State, UpdateState
+from hvd_compress.buckets import Mirror
 from hvd_compress.reducer import Reducer
 
 KEY = "hvd_compress"
-FORMAT = 1
+FORMAT = 2
 
 
 def collect(states: Sequence[State]) -> dict[str, Any]:
-    """Buffers by kind and parameter name (live tensors, as torch's own state_dict gives), scalars by group."""
+    """All by parameter name: buffers by kind (live tensors, as torch's own state_dict gives), scalars of the bucket.
+
+    Of "server" only this rank's shard is here, so "begins" says at which element of the parameter it begins.
+    """
     buffers: dict[str, dict[str, Tensor]] = {}
     scalars: dict[str, dict[str, Any]] = {}
+    begins: dict[str, int] = {}
     for state in states:
+        names = state.bucket.layout.names
         for kind, mirror in state.buffers().items():
-            buffers.setdefault(kind, {}).update(zip(state.bucket.layout.names, mirror.views))
-        if state.scalars():
-            scalars[_scalar_key(state)] = state.scalars()
-    return {"buffers": buffers, "scalars": scalars}
+            buffers.setdefault(kind, {}).update(zip(names, mirror.views))
+            if kind == "server":
+                begins.update(zip(names, mirror.begins))
+        if own := state.scalars():
+            scalars.update(dict.fromkeys(names, own))
+    return {"buffers": buffers, "scalars": scalars, "begins": begins}
 
 
-def _scalar_key(state: State) -> str:
-    return f"{type(state).__name__}/{state.bucket.group}/{state.bucket.dtype}"
+def scalars_of(state: State, saved: Mapping[str, Any]) -> Optional[Mapping[str, Any]]:
+    """The saved scalars for a bucket: those of its first parameter that has some."""
+    return next((saved[name] for name in state.bucket.layout.names if name in saved), None)
 
 
 def may_restore_residual(saved: Mapping[str, Any], owner: str, rank: int, size: int) -> bool:
@@ -57,14 +66,19 @@ def restore(states: Sequence[State], saved: Mapping[str, Any], own: bool) -> lis
     """
     restored = []
     for state in states:
-        names = state.bucket.layout.names
+        names, scalars = state.bucket.layout.names, saved["scalars"]
+        if (common := scalars_of(state, scalars)) is not None:
+            state.load_scalars(common)
         for kind, mirror in state.buffers().items():
-            foreign = kind in OWN and not own
-            stored = saved["buffers"].get(kind, {})
-            for name, view in zip(names, mirror.views):
-                source: Optional[Tensor] = stored.get(name)
-                # Another rank's residual still tells its point from a model of the user's; its shards are not ours.
-                if source is None or (foreign and (kind == "local" or source.shape != view.shape)):
+            stored: Mapping[str, Tensor] = saved["buffers"].get(kind, {})
+            for index, (name, view) in enumerate(zip(names, mirror.views)):
+                source = stored.get(name)
+                # Another rank's residual still tells its point from a model of the user's.
+                if source is None or (not own and kind in ("local", "server")):
+                    continue
+                factor = state.conversion(scalars[name]) if kind in HELD_BACK and name in scalars else 1.0
+                if kind == "server":
+                    _restore_shard(state, index, mirror, source, saved["begins"][name], factor)
                     continue
                 if source.shape != view.shape:
                     raise ValueError(
@@ -73,12 +87,22 @@ def restore(states: Sequence[State], saved: Mapping[str, Any], own: bool) -> lis
                     )
                 with torch.no_grad():
                     view.copy_(source)
+                    if factor != 1.0:
+                        view.mul_(factor)
             if kind == "shared" and all(name in stored for name in names):
                 restored.append(state)
-        scalars = saved["scalars"].get(_scalar_key(state))
-        if scalars is not None:
-            state.load_scalars(scalars)
     return restored
+
+
+def _restore_shard(state: State, index: int, mirror: Mirror, source: Tensor, begin: int, factor: float) -> None:
+    """A server's part of a parameter; where shards are cut otherwise now, this rank holds it as a worker."""
+    view = mirror.views[index]
+    values = source.to(view.device, view.dtype) * factor
+    if (values.numel(), begin) == (view.numel(), mirror.begins[index]):
+        view.copy_(values)
+        return
+    view.zero_()
+    state.take_back(index, begin, values)
 
 
 def _empty(state: State) -> None:
@@ -87,6 +111,7 @@ def _empty(state: State) -> None:
         if kind in HELD_BACK:
             mirror.flat.zero_()
     if isinstance(state, UpdateState):
+        state.underway = False
         state.place()
 
 
@@ -197,6 +222,5 @@ class Keeper:
         reducer = self._reducer
         reducer.step, reducer.local_steps_done = shared["step"], shared["local_steps_done"]
         for state in reducer.states:
-            scalars = shared["scalars"].get(_scalar_key(state))
-            if scalars is not None:
+            if (scalars := scalars_of(state, shared["scalars"])) is not None:
                 state.load_scalars(scalars)

@@ -19,10 +19,9 @@ from hvd_compress.collectives import Link
 from hvd_compress.compressors import Combine, Compressor, Warmup
 from hvd_compress.exchange import Context
 
-# Kinds of buffers that hold what this rank owes, and all that are its own: others ("shared", "warm") are the
-# same on every rank.
+# Kinds of buffers that hold what this rank owes. "local" is its own point; others ("shared", "warm") are the same on
+# every rank.
 HELD_BACK = frozenset({"residual", "server"})
-OWN = HELD_BACK | {"local"}
 
 
 class Rate(NamedTuple):
@@ -40,6 +39,22 @@ class Rate(NamedTuple):
     loss_scale: float = 1.0
 
 
+def rate_of_debt(rate: Rate, rescale: bool, before: Optional[float]) -> Optional[float]:
+    """The learning rate at which a debt in gradient units counts until the next step, whatever is set meanwhile.
+
+    Args:
+        rate: of the step that has been taken.
+        rescale: whether a change of rate leaves the debt as it is.
+        before: what this gave at the step before.
+
+    Returns:
+        None: the debt counts at whatever rate comes.
+    """
+    if not rescale or rate.scale_free:
+        return None
+    return rate.lr if rate.lr > 0 else before
+
+
 class BucketState(abc.ABC):
     """The living part of an algorithm for one bucket.
 
@@ -52,14 +67,25 @@ class BucketState(abc.ABC):
 
     @abc.abstractmethod
     def buffers(self) -> dict[str, Mirror]:
-        """Vectors that must survive a checkpoint, by kind: "shared", those of OWN, or others."""
+        """Vectors that must survive a checkpoint, by kind: "shared", "local", those of HELD_BACK, or others."""
 
     def scalars(self) -> dict[str, Any]:
         """Numbers that must survive a checkpoint."""
         return {}
 
     def load_scalars(self, saved: Mapping[str, Any]) -> None:  # noqa: B027
-        """Take back what ``scalars`` gave."""
+        """Take back what ``scalars`` gave (of the bucket in which the first of these parameters was)."""
+
+    def conversion(self, saved: Mapping[str, Any]) -> float:
+        """What a residual that was saved beside the scalars ``saved`` is multiplied with to be held here."""
+        return 1.0
+
+    def take_back(self, index: int, begin: int, values: Tensor) -> None:
+        """Hold what this rank, as a server, has held of parameter ``index`` from its element ``begin`` on.
+
+        Shards have been cut anew: this is no longer (all) in its own one.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no server")
 
     def residual(self) -> Optional[Tensor]:
         """What this rank holds back (flat), or None; in the algorithm's own units."""
@@ -133,16 +159,22 @@ class GradientState(BucketState):
 
 
 class UpdateState(BucketState):
-    """Exchanges updates: the parameters hold this rank's own point, ``shared`` the common model."""
+    """Exchanges updates: the parameters hold this rank's own point, ``shared`` the common model.
+
+    Attributes:
+        underway: the wrapped optimizer has stepped since the last exchange (several local steps per exchange).
+    """
 
     shared: Mirror
     local: Mirror
+    underway: bool = False
 
     def shared_point(self, link: Link) -> Optional[Tensor]:
         return self.shared.flat
 
     def restart(self, point: Tensor) -> None:
         self.shared.flat.copy_(point)
+        self.underway = False
         for kind, mirror in self.buffers().items():
             if kind in HELD_BACK:
                 mirror.flat.zero_()
@@ -188,7 +220,8 @@ class UpdateState(BucketState):
                 model nor this rank's own point are a model of the user's choice, and become the shared one.
         """
         if known:
-            self.place()
+            if not self.underway:
+                self.place()
             # Another build or device may round the last bit of a rank's own point differently.
             slack = 8 * torch.finfo(parameters.dtype).eps * self.shared.flat.abs().max()
             points = (self.local.flat, self.shared.flat)

@@ -135,9 +135,8 @@ class _DEFState(HeldUpdates):
 
     def start(self, step: int, lr: float) -> None:
         begin = time.perf_counter()
-        gain, decay = self.gain_and_decay(lr)
         exchange, blocks = self._exchange, self._blocks
-        move = (self.placed, self._coefficient, gain, decay)
+        move = (self.placed, self._coefficient, self.decay(lr))
         self.placed = self._coefficient
         exchange.begin(step)
         if blocks is not None:
@@ -164,7 +163,7 @@ class _DEFState(HeldUpdates):
         if self._blocks is not None:
             self._blocks.deliver(self.placed)
         else:
-            self._exchange.deliver(self.shared.flat, -self.share)
+            self._exchange.deliver(self.shared.flat, -1.0)
             self._exchange.keep_back(self.held.flat)
             self.place()
         if self._momentum is not None and (momentum := self._momentum.flat()) is not None:
@@ -174,9 +173,9 @@ class _DEFState(HeldUpdates):
     def _measure(self) -> None:
         """Best lambda = ||mean e||^2 / mean_k ||e_k||^2, as the mean square is that norm plus the variance."""
         exchange = cast(SummedExchange, self._exchange)
-        mean = exchange.received.to(self.bucket.state_dtype) * self.share
+        mean = exchange.received.to(self.bucket.state_dtype)
         square_mean: Coefficient = mean.square().sum()
-        mean_square: Coefficient = exchange.tail_mean(self.context.link.size).sum()
+        mean_square: Coefficient = exchange.tail.sum()
         if self.bucket.device.type == "cpu":
             square_mean, mean_square = float(square_mean), float(mean_square)
         self._square_mean = MEMORY * self._square_mean + (1 - MEMORY) * square_mean
@@ -197,16 +196,16 @@ class _Blocks:
         self._x, self._e, self._z = (torch.zeros_like(exchange.sent, dtype=v.dtype) for v in self._whole)
         self._folder = Folder(self._x, self._e, self._z)
 
-    def fold(self, placed: Coefficient, coefficient: Coefficient, gain: float, decay: float) -> None:
+    def fold(self, placed: Coefficient, coefficient: Coefficient, decay: float) -> None:
         """The step's fold at these coordinates only; what it gives of e is the payload."""
         for whole, block in zip(self._whole, (self._x, self._e, self._z)):
             self._exchange.codec.encode(whole, block)
-        self._folder.fold(placed, coefficient, gain, decay)
+        self._folder.fold(placed, coefficient, decay)
         self._exchange.sent.copy_(self._e)
 
     def deliver(self, coefficient: Coefficient) -> None:
         """x, e and z after the exchange, at these coordinates."""
-        self._x.add_(self._exchange.received, alpha=-self._state.share)
+        self._x.sub_(self._exchange.received)
         self._e.sub_(self._exchange.sent)
         stand(self._x, self._e, coefficient, self._z)
         for whole, block in zip(self._whole, (self._x, self._e, self._z)):

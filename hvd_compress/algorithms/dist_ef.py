@@ -78,13 +78,15 @@ class _DistEFState(HeldUpdates):
         return torch.cat((self.held.flat, self._exchange.error))
 
     def owed(self, lr: float) -> Optional[Tensor]:
-        return self._exchange.owed().add_(self.held.flat)
+        owed = super().owed(lr)
+        assert owed is not None
+        return owed.add_(self._exchange.owed())
 
-    def gain_and_decay(self, lr: float) -> tuple[float, float]:
-        gain, decay = super().gain_and_decay(lr)
+    def decay(self, lr: float) -> float:
+        decay = super().decay(lr)
         if decay != 1.0:
             self._exchange.error.mul_(decay)
-        return gain, decay
+        return decay
 
     def start(self, step: int, lr: float) -> None:
         begin = time.perf_counter()
@@ -103,6 +105,6 @@ class _DistEFState(HeldUpdates):
         self._exchange.wait()
         begin = time.perf_counter()
         self._exchange.keep_back(self.held.flat)
-        self._exchange.deliver(self.shared.flat, -1.0)  # a mean, whatever the op
+        self._exchange.deliver(self.shared.flat, -1.0)
         self.place()
         self.context.recorder.decode_seconds(time.perf_counter() - begin)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hvd_compress import validation
-from hvd_compress.algorithms.base import Algorithm, GradientState, Rate, require_combining
+from hvd_compress.algorithms.base import Algorithm, GradientState, Rate, rate_of_debt, require_combining
 from hvd_compress.buckets import BUCKET_BYTES, PAYLOAD_BYTES, Bucket, Mirror
 from hvd_compress.compressors import Combine, Compressor
 from hvd_compress.exchange import Context, exchange_for
@@ -71,15 +71,21 @@ class _EFState(GradientState):
         self._absorbed = False
         self._rate_comes_late = False
         self._unit, self._lr, self._loss_scale = 1.0, 0.0, 1.0
+        self._owed_at: Optional[float] = None
 
     def buffers(self) -> dict[str, Mirror]:
         return {"residual": self._residual, **self._exchange.memory()}
 
     def scalars(self) -> dict[str, Any]:
-        return {"unit": self._unit, "lr": self._lr}
+        return {"unit": self._unit, "lr": self._lr, "owed_at": self._owed_at}
 
     def load_scalars(self, saved: Mapping[str, Any]) -> None:
         self._unit, self._lr = float(saved["unit"]), float(saved["lr"])
+        self._owed_at = saved["owed_at"]
+
+    def conversion(self, saved: Mapping[str, Any]) -> float:
+        there, here = saved["owed_at"], self._owed_at
+        return float(self._unit / saved["unit"] * (1.0 if there is None or here is None else there / here))
 
     def residual(self) -> Optional[Tensor]:
         return self._residual.flat / self._unit
@@ -88,6 +94,7 @@ class _EFState(GradientState):
         if self._config.rescale_residual and not rate.scale_free and self._lr > 0 and rate.lr > 0:
             self._unit *= rate.lr / self._lr
         self._lr = rate.lr
+        self._owed_at = rate_of_debt(rate, self._config.rescale_residual, self._owed_at)
         self._loss_scale = rate.loss_scale
 
     def absorb(self, index: int, gradient: Tensor, rate: Rate) -> Optional[Tensor]:
@@ -150,7 +157,8 @@ class _EFState(GradientState):
     def owed(self, lr: float) -> Optional[Tensor]:
         # With op=Sum the wrapped optimizer will see the ranks' sum.
         shares = 1 if self._context.averages else self._context.link.size
-        return self._residual.flat * (lr / self._unit * shares)
+        rate = lr if self._owed_at is None else self._owed_at
+        return self._residual.flat * (rate / self._unit * shares)
 
     def forgive(self) -> None:
         self._residual.flat.zero_()

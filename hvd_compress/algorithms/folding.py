@@ -47,14 +47,14 @@ class Folder:
         self._moved = x.new_empty(n)
         self._stood = self._moved if z.dtype == x.dtype else z.new_empty(n)
 
-    def fold(self, placed: Coefficient, coefficient: Coefficient, gain: float = 1.0, decay: float = 1.0) -> None:
-        """``u = (x - placed * e) - z;  e = decay * e + gain * u;  z = x - coefficient * e``.
+    def fold(self, placed: Coefficient, coefficient: Coefficient, decay: float = 1.0) -> None:
+        """``u = (x - placed * e) - z;  e = decay * e + u;  z = x - coefficient * e``.
 
         ``x - placed * e`` is recomputed exactly as it was when z was placed, rounding included, so u is
         what the wrapped optimizer subtracted and nothing else.
         """
         if self._native and not isinstance(placed, Tensor) and not isinstance(coefficient, Tensor):
-            native.fold(*self._vectors, placed, coefficient, gain, decay)
+            native.fold(*self._vectors, placed, coefficient, decay)
             return
         for x, e, z in self._tiles:
             n = x.numel()
@@ -65,5 +65,5 @@ class Folder:
             moved.sub_(z)
             if decay != 1.0:
                 e.mul_(decay)
-            e.add_(moved, alpha=gain)
+            e.add_(moved)
             stand(x, e, coefficient, z)

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from hvd_compress import validation
-from hvd_compress.algorithms.base import Algorithm, GradientState, Rate, require_combining, require_constant
+from hvd_compress.algorithms.base import (
+    Algorithm,
+    GradientState,
+    Rate,
+    rate_of_debt,
+    require_combining,
+    require_constant,
+)
 from hvd_compress.buckets import BUCKET_BYTES, PAYLOAD_BYTES, Bucket, Mirror
 from hvd_compress.collectives import Link
 from hvd_compress.compressors import BlockSign, Combine, Compressor
@@ -85,16 +92,27 @@ class _LIECState(GradientState):
         self._mean: Optional[_Mean] = None
         self._averaging = False
         self._lr, self._loss_scale = 0.0, 1.0
+        self._owed_at: Optional[float] = None
 
     def buffers(self) -> dict[str, Mirror]:
         self.bucket.reclaim(self._local)
         return {"server": self._exchange.mirror(), "local": self._local}
 
     def scalars(self) -> dict[str, Any]:
-        return {"lr": self._lr}
+        return {"lr": self._lr, "owed_at": self._owed_at}
 
     def load_scalars(self, saved: Mapping[str, Any]) -> None:
-        self._lr = float(saved["lr"])
+        self._lr, self._owed_at, self._carried = float(saved["lr"]), saved["owed_at"], None
+
+    def conversion(self, saved: Mapping[str, Any]) -> float:
+        there, here = saved["owed_at"], self._owed_at
+        return 1.0 if there is None or here is None else float(there / here)
+
+    def take_back(self, index: int, begin: int, values: Tensor) -> None:
+        if self._carried is None:
+            self._carried = torch.zeros_like(self._direction.flat)
+        part = self.bucket.part(self._carried, index)
+        part[begin : begin + values.numel()].add_(values, alpha=self._context.link.size)
 
     def residual(self) -> Optional[Tensor]:
         return self._exchange.error
@@ -120,6 +138,7 @@ class _LIECState(GradientState):
                 if self._carried is not None:
                     self._carried.mul_(ratio)
         self._lr, self._loss_scale = rate.lr, rate.loss_scale
+        self._owed_at = rate_of_debt(rate, self._config.rescale_residual, self._owed_at)
 
     def start(self, step: int, gradients: Sequence[Optional[Tensor]], rate: Rate) -> None:
         begin = time.perf_counter()
@@ -199,7 +218,8 @@ class _LIECState(GradientState):
         owed = self._exchange.owed()
         if self._carried is not None:
             owed.add_(self._carried)
-        return owed.mul_(lr * (1 if self._context.averages else self._context.link.size))
+        rate = lr if self._owed_at is None else self._owed_at
+        return owed.mul_(rate * (1 if self._context.averages else self._context.link.size))
 
     def forgive(self) -> None:
         self._exchange.error.zero_()

@@ -171,7 +171,7 @@ class _GlobalSketchState(HeldUpdates):
         # Sorted, so that ties and the order of work are the same on every rank.
         kept = torch.topk(self._values.buffer.abs(), self._k, sorted=False).indices.sort().values
         chosen, values = self._candidates.index_select(0, kept), self._values.buffer.index_select(0, kept)
-        self.shared.flat.index_add_(0, chosen, values, alpha=-self.share)
+        self.shared.flat.index_add_(0, chosen, values, alpha=-1.0)
         self.held.flat.index_fill_(0, chosen, 0.0)
         if self._momentum is not None and (momentum := self._momentum.flat()) is not None:
             momentum.index_fill_(0, chosen, 0.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, Mapping, Optional
 
+import torch
 from torch import Tensor
 
 from hvd_compress.algorithms.base import UpdateState
@@ -15,6 +16,9 @@ from hvd_compress.exchange import Context
 
 class HeldUpdates(UpdateState):
     """x and e flat in float32 (or float64), the parameters themselves flat views holding z = x - placed * e.
+
+    With op=Sum the gradients have been multiplied by the number of ranks before the wrapped optimizer stepped (see
+    ``Reducer``): what is exchanged here is always averaged.
 
     Args:
         rescale: keep what is held back in update units; else a change of learning rate changes it in proportion.
@@ -32,19 +36,30 @@ class HeldUpdates(UpdateState):
         self.anchor()
 
     def buffers(self) -> dict[str, Mirror]:
-        return {"shared": self.shared, "residual": self.held}
+        found = {"shared": self.shared, "residual": self.held}
+        # Local steps since the last exchange are nowhere but in the parameters.
+        return {**found, "local": self.local} if self.underway else found
 
     def scalars(self) -> dict[str, Any]:
-        return {"placed": float(self.placed), "lr": self._lr}
+        return {"placed": float(self.placed), "lr": self._lr, "underway": self.underway}
 
     def load_scalars(self, saved: Mapping[str, Any]) -> None:
-        self._lr, self.placed = float(saved["lr"]), float(saved.get("placed", float(self.placed)))
+        self._lr, self.placed, self.underway = float(saved["lr"]), float(saved["placed"]), bool(saved["underway"])
+
+    def take_back(self, index: int, begin: int, values: Tensor) -> None:
+        part = self.bucket.part(self.held.flat, index)
+        part[begin : begin + values.numel()].add_(values, alpha=self.context.link.size)
 
     def residual(self) -> Optional[Tensor]:
         return self.held.flat
 
     def owed(self, lr: float) -> Optional[Tensor]:
-        return self.held.flat.clone()
+        owed = self.held.flat.clone()
+        if self.underway:
+            stood = torch.empty_like(self.local.flat)
+            stand(self.shared.flat, self.held.flat, self.placed, stood)
+            owed.add_(stood.to(owed.dtype).sub_(self.local.flat))
+        return owed
 
     def anchor(self) -> None:
         self.shared.flat.copy_(self.local.flat)
@@ -53,24 +68,14 @@ class HeldUpdates(UpdateState):
     def place(self) -> None:
         stand(self.shared.flat, self.held.flat, self.placed, self.local.flat)
 
-    def gain_and_decay(self, lr: float) -> tuple[float, float]:
-        """What an update and what is held back are multiplied with when they meet."""
-        # op=Sum means the gradient is the ranks' sum: P times what each of them applied locally.
-        gain = 1.0 if self.context.averages else float(self.context.link.size)
-        decay = 1.0
-        if not self._rescale and self._lr > 0 and lr > 0:
-            decay = lr / self._lr
-        self._lr = lr
-        return gain, decay
-
-    @property
-    def share(self) -> float:
-        """What an aggregate over ranks is multiplied with to give their mean (held back, op=Sum has a factor P)."""
-        return 1.0 if self.context.averages else 1.0 / self.context.link.size
+    def decay(self, lr: float) -> float:
+        """What is held back is multiplied with this when an update of learning rate ``lr`` joins it."""
+        decay = lr / self._lr if not self._rescale and self._lr > 0 and lr > 0 else 1.0
+        self._lr, self.underway = lr, False
+        return decay
 
     def take_in(self, lr: float) -> None:
         """What the wrapped optimizer has subtracted joins what is held back; the parameters go back to x."""
-        gain, decay = self.gain_and_decay(lr)
-        self.folder.fold(self.placed, 0.0, gain, decay)
+        self.folder.fold(self.placed, 0.0, self.decay(lr))
         self.placed = 0.0
 

@@ -53,10 +53,6 @@ class SummedExchange(Exchange):
         for ring in self._rings:
             ring.wait()
 
-    def tail_mean(self, size: int) -> Tensor:
-        """The scalars' mean over ``size`` ranks, whatever the reduction's op."""
-        return self.tail if self.context.averages else self.tail / size
-
     def keep_back(self, residual: Tensor) -> None:
         self.codec.accumulate(self.sent, residual, -1.0)
 

@@ -86,12 +86,13 @@ class TwoWayExchange:
     def mirror(self) -> Mirror:
         """``error`` with one view per parameter: its part of the shard, flat."""
         begin, end = self.span
-        views, start = [], 0
+        views, begins, start = [], [], 0
         for numel in self.bucket.layout.numels:
             low, high = max(start, begin), min(start + numel, end)
             views.append(self.error[low - begin : max(low, high) - begin])
+            begins.append(low - start)
             start += numel
-        return Mirror(self.error, views)
+        return Mirror(self.error, views, tuple(begins))
 
     def owed(self) -> Tensor:
         """The owners' errors as a flat vector whose mean over ranks is what the servers hold back (new tensor)."""

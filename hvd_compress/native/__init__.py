@@ -45,9 +45,9 @@ def plain(tensor: Tensor, dtype: torch.dtype = torch.float32) -> bool:
     )
 
 
-def fold(x: Tensor, e: Tensor, z: Tensor, placed: float, coefficient: float, gain: float, decay: float) -> None:
+def fold(x: Tensor, e: Tensor, z: Tensor, placed: float, coefficient: float, decay: float) -> None:
     """See ``algorithms.folding.Folder.fold``; all three of equal length, and ``applies`` to them."""
-    _in_slices(_kernels.fold, (x, e, z), (placed, coefficient, gain, decay))
+    _in_slices(_kernels.fold, (x, e, z), (placed, coefficient, decay))
 
 
 def stand(x: Tensor, e: Tensor, coefficient: float, out: Tensor) -> None:

@@ -22,14 +22,14 @@
 #endif
 
 /* A coefficient of 0 means x itself, also where e is not finite.
- * u = (x - placed * e) - z;  e = decay * e + gain * u;  z = x - coefficient * e */
+ * u = (x - placed * e) - z;  e = decay * e + u;  z = x - coefficient * e */
 CLONES static void fold_loop(const float *restrict x, float *restrict e, float *restrict z, Py_ssize_t n,
-                             float placed, float coefficient, float gain, float decay)
+                             float placed, float coefficient, float decay)
 {
     for (Py_ssize_t i = 0; i < n; i++) {
         const float stood = placed == 0.0f ? x[i] : x[i] - placed * e[i];
         const float moved = stood - z[i];
-        const float owed = decay * e[i] + gain * moved;
+        const float owed = decay * e[i] + moved;
         e[i] = owed;
         z[i] = coefficient == 0.0f ? x[i] : x[i] - coefficient * owed;
     }
@@ -47,14 +47,14 @@ static PyObject *fold(PyObject *self, PyObject *args)
 {
     unsigned long long x, e, z;
     Py_ssize_t n;
-    float placed, coefficient, gain, decay;
-    if (!PyArg_ParseTuple(args, "KKKnffff", &x, &e, &z, &n, &placed, &coefficient, &gain, &decay))
+    float placed, coefficient, decay;
+    if (!PyArg_ParseTuple(args, "KKKnfff", &x, &e, &z, &n, &placed, &coefficient, &decay))
         return NULL;
     Py_BEGIN_ALLOW_THREADS
     for (Py_ssize_t i = 0; i < n; i += TILE) {
         const Py_ssize_t m = n - i < TILE ? n - i : TILE;
         fold_loop((const float *)(uintptr_t)x + i, (float *)(uintptr_t)e + i, (float *)(uintptr_t)z + i, m, placed,
-                  coefficient, gain, decay);
+                  coefficient, decay);
         sched_yield();
     }
     Py_END_ALLOW_THREADS
@@ -75,7 +75,7 @@ static PyObject *stand(PyObject *self, PyObject *args)
 }
 
 static PyMethodDef methods[] = {
-    {"fold", fold, METH_VARARGS, "fold(x, e, z, n, placed, coefficient, gain, decay): addresses of float32 vectors"},
+    {"fold", fold, METH_VARARGS, "fold(x, e, z, n, placed, coefficient, decay): addresses of float32 vectors"},
     {"stand", stand, METH_VARARGS, "stand(x, e, out, n, coefficient): addresses of float32 vectors"},
     {NULL, NULL, 0, NULL},
 };

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any, Callable
 
 import horovod.torch as hvd
@@ -88,6 +89,14 @@ def held(optimizer: Any) -> Tensor:
     kinds = [buffers.get(kind, {}) for kind in ("residual", "server")]
     found = [kind[name] for kind in kinds for name in reference.SHAPES if name in kind]
     return torch.cat([tensor.detach().reshape(-1) for tensor in found]).clone()
+
+
+def through_a_file(value: Any) -> Any:
+    """``value`` saved and loaded."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
 
 
 def raises(kind: type[BaseException], *fragments: str, call: Callable[[], Any]) -> None:

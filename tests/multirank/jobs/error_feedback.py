@@ -53,7 +53,9 @@ def check_mass_identity() -> None:
         optimizer.param_groups[0]["lr"] = rate(t)
         with optimizer.consensus("virtual"):
             # The residual is owed in update units: a change of the rate alone does not move y.
-            before = flat(model) if t == 0 else after  # noqa: F821
+            before = flat(model)
+        if t > 0:
+            close(before, after, 1e-14, f"y after the rate has been set for step {t}")  # noqa: F821
         optimizer.zero_grad()
         # As in Horovod, p.grad belongs to the exchange from backward() on: take the gradient from a twin.
         twin = network(torch.float64)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import os
 import warnings
 from typing import Any
@@ -12,7 +11,7 @@ import everything
 import harness
 import horovod.torch as hvd
 import torch
-from common import close, flat, held, loss_of, network, raises, same_everywhere, saved, train, wrap
+from common import close, flat, held, loss_of, network, raises, same_everywhere, saved, through_a_file, train, wrap
 from everything import BLOCK
 from horovod.torch.elastic import TorchState
 
@@ -31,13 +30,6 @@ def make(compression: Any, dtype: torch.dtype = torch.float32, seed: int = 0, **
 
 def rate(t: int) -> float:
     return 0.05 / (1 + t // 7)
-
-
-def through_a_file(value: Any) -> Any:
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=False)
 
 
 def check_resume_is_bit_exact() -> None:

@@ -1,0 +1,171 @@
+"""What is owed survives: checkpoints of several algorithms and local steps, buckets cut anew, rates that change."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import harness
+import horovod.torch as hvd
+import torch
+from common import close, flat, held, network, same_everywhere, through_a_file, train, wrap
+from everything import BLOCK, FULL
+
+from hvd_compress import (
+    DEF,
+    EF,
+    LIEC,
+    BlockSign,
+    CountSketch,
+    DistEF,
+    GlobalSketch,
+    Identity,
+    Policy,
+    RandomBlock,
+    TopK,
+)
+
+RANKS = (2,)
+FULL_RANKS = (1, 3, 4)
+# Buckets of one class, group and dtype, whose coefficients differ.
+POLICIES: tuple[Any, ...] = (Policy(DEF(BLOCK), dense_dims=1), Policy(DEF(BLOCK, 1.0), patterns={"2.*": DEF(BLOCK)}))
+if FULL:
+    POLICIES += (
+        Policy(DEF(BLOCK, "auto"), dense_dims=1), Policy(DEF(BLOCK), patterns={"*bias": DEF(TopK(0.5), 0.0)}),
+        Policy(DEF(BLOCK, "auto"), patterns={"2.*": DEF(RandomBlock(0.5), "auto")}),
+        Policy(GlobalSketch(CountSketch(columns=8, rows=3)), patterns={"2.weight": DEF(BLOCK, 1.0)}),
+    )
+
+
+def rate(t: int) -> float:
+    return 0.05 if t < 5 else 0.01
+
+
+def make(compression: Any, seed: int = 0, dtype: torch.dtype = torch.float64, **kwargs: Any) -> tuple[Any, Any]:
+    model = network(dtype, seed)
+    sgd = torch.optim.SGD(model.parameters(), **{"lr": 0.05, "momentum": 0.9, **kwargs})
+    return model, wrap(model, sgd, compression)
+
+
+def virtual(model: Any, optimizer: Any) -> torch.Tensor:
+    with optimizer.consensus("virtual"):
+        return flat(model)
+
+
+def resumes_exactly(compression: Any, steps: int, what: str) -> None:
+    """Saved after `steps` steps, at this rank's own point or at x, a run goes on as if never interrupted."""
+    for at_consensus in (False, True):
+        model, optimizer = make(compression, dtype=torch.float32)
+        train(model, optimizer, steps, rate)
+        if at_consensus:
+            with optimizer.consensus():
+                weights = through_a_file(model.state_dict())
+        else:
+            weights = through_a_file(model.state_dict())
+        state = through_a_file(optimizer.state_dict())
+        train(model, optimizer, 7, rate, first=steps)
+        again, resumed = make(compression, seed=1, dtype=torch.float32)
+        again.load_state_dict(weights)
+        resumed.load_state_dict(state)
+        train(again, resumed, 7, rate, first=steps)
+        assert torch.equal(flat(again), flat(model)), f"{what}, at_consensus={at_consensus}"
+        assert torch.equal(held(resumed), held(optimizer)), f"{what}, at_consensus={at_consensus}"
+        with resumed.consensus():
+            same_everywhere(flat(again), f"x after resuming, {what}")
+
+
+def check_policies_resume_exactly() -> None:
+    for compression in POLICIES:
+        resumes_exactly(compression, 6, str(compression))
+
+
+def check_local_steps_resume_exactly() -> None:
+    for compression in (DEF(BLOCK, 0.3, local_steps=3), DEF(TopK(0.25), 1.0, local_steps=3)):
+        for steps in (6, 7, 8):
+            resumes_exactly(compression, steps, f"{compression} after {steps} steps")
+
+
+def check_local_steps_count_for_the_virtual_point() -> None:
+    """y moves by the mean of the local steps, in mid-cycle too, and flush() loses none of them."""
+    model, optimizer = make(DEF(BLOCK, 0.3, local_steps=3), momentum=0.0)
+    for t in range(8):
+        before, start = flat(model), virtual(model, optimizer)
+        train(model, optimizer, 1, rate, first=t)
+        if t % 3 != 2:  # after an exchange the parameters have moved for other reasons
+            moved = hvd.allreduce(flat(model) - before, name="test.moved")
+            close(virtual(model, optimizer), start + moved, 1e-13, f"y after step {t}")
+    wanted = virtual(model, optimizer)
+    optimizer.flush()
+    close(flat(model), wanted, 1e-13, "parameters after flush()")
+    same_everywhere(flat(model), "parameters after flush()")
+    train(model, optimizer, 2, rate, first=8)
+    assert optimizer.state_dict()["hvd_compress"]["local_steps_done"] == 2, "a new cycle has begun"
+
+
+def check_a_rate_set_between_steps_changes_no_debt() -> None:
+    for compression in (EF(BLOCK), EF(BlockSign()), DEF(BLOCK), DistEF(), LIEC(averaging_period=8)):
+        for lr in (0.01, 0.3, 0.0):
+            model, optimizer = make(compression)
+            train(model, optimizer, 6, lambda t: 0.05)
+            wanted = virtual(model, optimizer)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            close(virtual(model, optimizer), wanted, 1e-14, f"y at rate {lr} with {compression}")
+            optimizer.flush()
+            close(flat(model), wanted, 1e-13, f"parameters after flush() at rate {lr} with {compression}")
+
+
+def grown(compression: Any) -> tuple[Any, Any]:
+    """The second layer joins after five steps, when the rate falls: buckets of their own."""
+    model = network(torch.float64)
+    sgd = torch.optim.SGD(model[0].parameters(), lr=0.05, momentum=0.9)
+    optimizer = wrap(model, sgd, compression)
+    train(model, optimizer, 5, rate)
+    optimizer.add_param_group({"params": list(model[2].parameters())})
+    train(model, optimizer, 6, rate, first=5)
+    return model, optimizer
+
+
+def check_buckets_that_are_cut_otherwise() -> None:
+    """Loaded where both layers are there from the start: nothing owed is lost, and random blocks go on alike."""
+    for compression in (
+        DEF(BLOCK), DEF(BLOCK, "auto"), EF(BLOCK), EF(TopK(0.25)), DistEF(), DistEF(BLOCK), LIEC(BLOCK, 100), LIEC(),
+    ):
+        model, optimizer = grown(compression)
+        wanted = virtual(model, optimizer)
+        again = network(torch.float64, 1)
+        groups = [{"params": list(again[i].parameters())} for i in (0, 2)]
+        resumed = wrap(again, torch.optim.SGD(groups, lr=0.05, momentum=0.9), compression)
+        again.load_state_dict(through_a_file(model.state_dict()))
+        resumed.load_state_dict(through_a_file(optimizer.state_dict()))
+        close(virtual(again, resumed), wanted, 1e-12, f"y after loading, {compression}")
+        train(again, resumed, 4, rate, first=11)
+        with resumed.consensus():
+            same_everywhere(flat(again), f"x after resuming, {compression}")
+        if compression in (DEF(BLOCK), EF(BLOCK)):
+            train(model, optimizer, 4, rate, first=11)
+            close(flat(again), flat(model), 1e-12, f"resumed against uninterrupted, {compression}")
+
+
+def check_sum_is_horovods_sum() -> None:
+    """With weight decay and with Adam, whose steps are not proportional to the gradient."""
+    kinds: tuple[tuple[Any, dict[str, float]], ...] = (
+        (torch.optim.SGD, {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.1}),
+        (torch.optim.AdamW, {"lr": 0.02, "weight_decay": 0.1}),
+    )
+    for kind, settings in kinds:
+        model = network(torch.float64)
+        theirs = hvd.DistributedOptimizer(kind(model.parameters(), **settings), model.named_parameters(), op=hvd.Sum)
+        train(model, theirs, 20, lambda t: 0.02)
+        for compression in (EF(Identity()), LIEC(Identity(), 5), DEF(Identity()), DistEF(Identity())):
+            # Updates of Adam are averaged, not made of an averaged gradient.
+            if kind is not torch.optim.SGD and compression.exchanges_updates and hvd.size() > 1:
+                continue
+            twin = network(torch.float64)
+            ours = wrap(twin, kind(twin.parameters(), **settings), compression, op=hvd.Sum)
+            train(twin, ours, 20, lambda t: 0.02)
+            with ours.consensus():
+                close(flat(twin), flat(model), 1e-9, f"x with {compression} and {kind.__name__}")
+
+
+if __name__ == "__main__":
+    harness.main(globals())
