@@ -6,6 +6,7 @@ so MPI must have been initialised for several threads, which Horovod does.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Callable
 
 import numpy as np
@@ -46,7 +47,7 @@ def require(owner: str, link: Link) -> None:
 
 
 class Tree:
-    """Pairwise exchanges among the ranks of one link (collective to build: all its ranks must).
+    """Pairwise exchanges among the ranks of one link.
 
     Attributes:
         size: number of ranks.
@@ -55,12 +56,14 @@ class Tree:
 
     def __init__(self, link: Link) -> None:
         self._link, self.size, self.rank = link, link.size, link.rank
-        self._comm: Any = None
-        if self.size > 1:
-            from mpi4py import MPI
 
-            world = MPI.COMM_WORLD
-            self._comm = world.Create_group(world.Get_group().Incl(link.global_ranks), tag=link.ordinal)
+    @functools.cached_property
+    def _comm(self) -> Any:
+        """Made at the first message, not before: all ranks must take part, and one rank alone may load a state."""
+        from mpi4py import MPI
+
+        world = MPI.COMM_WORLD
+        return world.Create_group(world.Get_group().Incl(self._link.global_ranks), tag=self._link.ordinal)
 
     def _send(self, data: Array, to: int) -> None:
         self._comm.Send(data, dest=to)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+import unittest.mock
 from typing import Any
 
 import horovod.torch as hvd
@@ -15,18 +17,44 @@ import pytest
 import torch
 
 import hvd_compress
-from hvd_compress import DEF, EF, Dense, Identity, RandomBlock
+from hvd_compress import (
+    DEF,
+    EF,
+    LIEC,
+    CountSketch,
+    Dense,
+    DistEF,
+    GlobalSketch,
+    GlobalTopK,
+    Identity,
+    Policy,
+    RandomBlock,
+    TopK,
+)
 
+WHOLE_SKETCH = CountSketch(density=1.0, rows=1)
 # Horovod's tests compare models right after a step, so all of these end a step with nothing held back.
-ALGORITHMS = {
+ALGORITHMS: dict[str, Any] = {
     "dense": Dense(),
     "ef": EF(Identity()),
+    "ef-topk": EF(TopK(1.0)),
     "def": DEF(Identity()),
     "def-block": DEF(RandomBlock(density=1.0), coefficient=0.3),
+    "dist-ef": DistEF(Identity()),
+    "liec": LIEC(Identity()),
+    "sketch": GlobalSketch(WHOLE_SKETCH, masking=False),
+    "sketch-masking": GlobalSketch(WHOLE_SKETCH, dense_vectors=False),
+    "policy": Policy(DEF(Identity()), dense_dims=1),
+    "sketch-tree": GlobalSketch(WHOLE_SKETCH, exchange="tree", masking=False),
+    "global-topk": GlobalTopK(1.0),
 }
+# These exchange pairwise messages of MPI.
+BY_MPI = ("sketch-tree", "global-topk")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Their helpers import the package that became unittest.mock.
+    sys.modules.setdefault("mock", unittest.mock)
     # It takes matrices only and is younger than the tests, which go through every optimizer of torch.
     if hasattr(torch.optim, "Muon"):
         torch.optim.Muon.__module__ = "taken.out"
@@ -48,5 +76,5 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.passed and report.when != "call":
         return
     story = "ok" if report.passed else f"{report.outcome}: {report.longrepr}"
-    with open(f"{os.environ['HVD_COMPRESS_NOTES']}/notes.{os.environ['HOROVOD_RANK']}.jsonl", "a") as notes:
+    with open(f"{os.environ['HVD_COMPRESS_NOTES']}/notes.{hvd.rank()}.jsonl", "a") as notes:
         notes.write(json.dumps([report.nodeid.rpartition("::")[2], story]) + "\n")

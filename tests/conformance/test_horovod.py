@@ -10,7 +10,7 @@ from typing import Optional
 
 import pytest
 
-from tests.conformance.substitute import ALGORITHMS
+from tests.conformance.substitute import ALGORITHMS, BY_MPI
 from tests.multirank.harness import Outcome, launch
 
 pytestmark = pytest.mark.full
@@ -32,14 +32,14 @@ TESTS = (
 
 
 @functools.cache
-def run(algorithm: Optional[str], ranks: int) -> Outcome:
+def run(algorithm: Optional[str], ranks: int, launcher: str) -> Outcome:
     """One job with all of ``TESTS``; ``None`` is Horovod's own class."""
     files = [f"{CHECKOUT}/parallel/test_torch.py::TorchTests::{test}" for test in TESTS]
     env = {"PYTHONPATH": str(ROOT)}
     if algorithm is not None:
         env["HVD_COMPRESS_ALGORITHM"] = algorithm
     options = ["-q", "-p", "tests.conformance.substitute", "-p", "no:cacheprovider"]
-    return launch([sys.executable, "-m", "pytest", *options, *files], ranks, env=env)
+    return launch([sys.executable, "-m", "pytest", *options, *files], ranks, launcher, env=env)
 
 
 def failures(outcome: Outcome, test: str) -> list[str]:
@@ -55,9 +55,10 @@ def failures(outcome: Outcome, test: str) -> list[str]:
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_torch(ranks: int, algorithm: str, test: str) -> None:
-    outcome = run(algorithm, ranks)
+    launcher = "mpi" if algorithm in BY_MPI else "gloo"
+    outcome = run(algorithm, ranks, launcher)
     ours = failures(outcome, test)
-    if ours and failures(run(None, ranks), test):
+    if ours and failures(run(None, ranks, launcher), test):
         pytest.skip(f"Horovod's own optimizer does not pass this test here: {ours[0]}")
     tail = outcome.output[-20000:] if any("never" in story for story in ours) else ""
     assert not ours, "\n".join(ours) + tail

@@ -26,10 +26,10 @@ from hvd_compress import (
     Warmup,
 )
 
+hvd.init()  # before it Horovod does not know whether it uses MPI
 FULL = os.environ.get("HVD_COMPRESS_FULL") == "1"
 BLOCK = RandomBlock(density=0.25)
 WHOLE_SKETCH = CountSketch(density=1.0, rows=1)
-BY_TREE: tuple[Any, ...] = (GlobalTopK(1.0),) if hvd.mpi_enabled() else ()
 
 # Equal to data-parallel training.
 EXACT: tuple[Any, ...] = (Dense(), EF(Identity()), DEF(Identity()), DistEF(Identity()))
@@ -37,10 +37,13 @@ EXACT: tuple[Any, ...] = (Dense(), EF(Identity()), DEF(Identity()), DistEF(Ident
 BLOCKS: tuple[Any, ...] = (EF(BLOCK), DEF(BLOCK))
 # Hold something back.
 LOSSY: tuple[Any, ...] = (*BLOCKS, DistEF(), LIEC(averaging_period=3))
-if FULL:
+if hvd.mpi_enabled():  # only what needs it: all else is checked without it
+    EXACT = (GlobalTopK(1.0), GlobalSketch(WHOLE_SKETCH, "tree", masking=False))
+    LOSSY = (GlobalTopK(0.25), GlobalSketch(CountSketch(columns=8, rows=3), "tree"))
+elif FULL:
     EXACT += (
         LIEC(Identity(), averaging_period=3), GlobalSketch(WHOLE_SKETCH, masking=False), EF(TopK(1.0)), DEF(TopK(1.0)),
-        DEF(RandomK(1.0)), Policy(DEF(Identity()), dense_dims=1), *BY_TREE,
+        DEF(RandomK(1.0)), Policy(DEF(Identity()), dense_dims=1),
     )
     LOSSY += (
         EF(TopK(0.25)), EF(BlockSign()), EF(LowRank(1)), DEF(BlockSign(block_size=8), 1.0), DEF(RandomK(0.25)),

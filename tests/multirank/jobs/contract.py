@@ -17,6 +17,7 @@ from hvd_compress import DEF, EF, Dense, DistributedOptimizer, Identity, Policy,
 
 RANKS = (3,)
 FULL_RANKS = (2, 4)
+MPI_RANKS = (2,)
 
 
 def sgd(model: nn.Module, lr: float = 0.1, **kwargs: Any) -> torch.optim.SGD:

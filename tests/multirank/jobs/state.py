@@ -19,6 +19,7 @@ from hvd_compress import DEF, EF, LIEC, BlockSign, Dense, DistEF, Identity, Poli
 
 RANKS = (2,)
 FULL_RANKS = (1, 3, 4)
+MPI_RANKS = (2,)
 LOSSY = (*everything.LOSSY, DEF(BLOCK, 0.0), DEF(BLOCK, "auto"), Policy(LIEC(BLOCK, 4), dense_dims=1))
 
 
@@ -149,6 +150,30 @@ def check_broadcast_of_optimizer_state() -> None:
             hvd.broadcast_parameters(model.state_dict(), root_rank=0)
             hvd.broadcast_optimizer_state(optimizer, root_rank=0)
             assert torch.equal(held(optimizer), owed), "a broadcast must not touch residuals"
+
+
+def check_a_state_loaded_on_one_rank_is_broadcast() -> None:
+    """Horovod's recipe: rank 0 restores a checkpoint, the others are new. Loading must not wait for them."""
+    for compression in (Dense(), *LOSSY):
+        model, optimizer = make(compression)
+        train(model, optimizer, 4, rate)
+        with optimizer.consensus():
+            weights = through_a_file(model.state_dict())
+            wanted = flat(model)
+        state = through_a_file(optimizer.state_dict())
+        again, resumed = make(compression, seed=1)
+        if hvd.rank() == 0:
+            again.load_state_dict(weights)
+            resumed.load_state_dict(state)
+        hvd.broadcast_parameters(again.state_dict(), root_rank=0)
+        hvd.broadcast_optimizer_state(resumed, root_rank=0)
+        with resumed.consensus():
+            # Not equal: what is broadcast is rank 0's own point.
+            close(flat(again), wanted, 0.2, f"x of the checkpoint, {compression}")
+            same_everywhere(flat(again), f"x after the broadcast, {compression}")
+        train(again, resumed, 4, rate, first=4)
+        with resumed.consensus():
+            same_everywhere(flat(again), f"x after going on, {compression}")
 
 
 def check_parameters_broadcast_in_mid_training_become_the_model() -> None:
