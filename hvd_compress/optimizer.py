@@ -18,6 +18,7 @@ from hvd_compress.collectives import Adasum, Average, Compression, Link, global_
 from hvd_compress.consensus import Consensus
 from hvd_compress.exchange import Reduction
 from hvd_compress.reducer import Reducer
+from hvd_compress.scaling import ScaledStep
 from hvd_compress.telemetry import Stats
 
 _STEP_AFTER_SYNCHRONIZE = (
@@ -108,9 +109,7 @@ class _DistributedOptimizer(torch.optim.Optimizer):
     """Methods of the dynamic class; ``_hvd_base`` is the wrapped optimizer's own class."""
 
     _hvd_base: Any
-    grad_scale: Any  # set by GradScaler.step for the duration of a step, like found_inf
-    found_inf: Any
-    # GradScaler then always calls step(), on every rank, and leaves it to us to skip: see ``_agree_to_skip``.
+    # GradScaler then always calls step(), on every rank, and leaves it to us to skip: see ``ScaledStep``.
     _step_supports_amp_scaling = True
 
     def _setup(
@@ -123,13 +122,14 @@ class _DistributedOptimizer(torch.optim.Optimizer):
         self.sparse_as_dense = sparse_as_dense
         self.process_set = link.process_set
         self.check_replicas = os.environ.get("HVD_COMPRESS_CHECK_REPLICAS", "0") not in ("", "0")
-        self._base_supports_amp = bool(self.__dict__.pop("_step_supports_amp_scaling", False))
-        self._synchronized, self._should_synchronize, self._skip_agreed = False, True, False
+        fused = bool(self.__dict__.pop("_step_supports_amp_scaling", False))
+        self._synchronized, self._should_synchronize = False, True
         if link.member and not collectives.is_elastic():
             arguments.agree(link, arguments.description(self, algorithm, reduction, passes, groups))
         if link.member:
             algorithm.check(link)
         self._reducer = Reducer(self, names, algorithm, link, reduction, passes, groups, sparse_as_dense)
+        self._scaled_step = ScaledStep(self, self._reducer, fused)
         self._consensus = Consensus(self, self._reducer)
         self._keeper = residuals.Keeper(self, self._reducer)
         base_step = self._hvd_base.step
@@ -161,7 +161,7 @@ class _DistributedOptimizer(torch.optim.Optimizer):
                 reducer.drop_pass_counts()
                 self._complete_gradients()
             else:
-                self._skip_agreed = reducer.synchronize()
+                self._scaled_step.overflowed = reducer.synchronize()
         self._synchronized = True
 
     @contextlib.contextmanager
@@ -194,7 +194,7 @@ class _DistributedOptimizer(torch.optim.Optimizer):
             self.synchronize()
         self._synchronized = False
         self._original._opt_called = True  # type: ignore[attr-defined]
-        if self._agree_to_skip():
+        if self._scaled_step.skip():
             reducer.drop_pass_counts()
             return None
         return self._hooked_step(self, closure)
@@ -241,24 +241,6 @@ class _DistributedOptimizer(torch.optim.Optimizer):
         for parameter in self._reducer.tracked:
             if parameter.grad is None and parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
-
-    def _agree_to_skip(self) -> bool:
-        """Inside ``GradScaler.step``: unscale, and skip the step on all ranks if any has an infinite gradient."""
-        found_inf = getattr(self, "found_inf", None)
-        if found_inf is None or not self._reducer.link.member:
-            return False
-        skip = self._reducer.any_rank(self._skip_agreed or bool(found_inf))
-        self._skip_agreed = False
-        if skip:
-            if self._reducer.scaler is not None:
-                amp.mark_overflow(self._reducer.scaler, self)
-            return True
-        if not self._base_supports_amp:
-            if self.grad_scale is not None:
-                gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-                torch._foreach_mul_(gradients, 1.0 / float(self.grad_scale))
-            self.grad_scale = self.found_inf = None  # done; torch's plain optimizers refuse to see them
-        return False
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """torch's ``zero_grad``; AssertionError between ``backward()`` and ``step()``/``synchronize()``."""
@@ -307,7 +289,7 @@ class _DistributedOptimizer(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a ``state_dict()`` of this rank; a plain torch state empties the residuals."""
-        self._synchronized, self._should_synchronize, self._skip_agreed = False, True, False
+        self._synchronized, self._should_synchronize, self._scaled_step.overflowed = False, True, False
         self._reducer.set_passes(self._reducer.passes)
         self._hvd_base.load_state_dict(self, self._keeper.strip(state_dict))
         self._keeper.load(state_dict.get(residuals.KEY))

@@ -98,5 +98,27 @@ def check_scaled_and_unscaled_steps_mix() -> None:
         close(flat(model), flat(plain), 1e-9, f"parameters with {compression}")
 
 
+def check_ranks_outside_the_process_set_scale_on_their_own() -> None:
+    some = hvd.add_process_set([0])
+    for fused in (False, True):
+        for compression in ALL:
+            model, plain = network(), network()
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, fused=fused)
+            optimizer = wrap(model, optimizer, compression, process_set=some)
+            twin = torch.optim.SGD(plain.parameters(), lr=0.05, momentum=0.9)
+            scaler = torch.amp.GradScaler("cpu", init_scale=SCALE)
+            for t in range(4):
+                infinite = t == 1
+                step(model, optimizer, scaler, t, recipe=t == 2, infinite=infinite)
+                if not infinite:
+                    twin.zero_grad()
+                    loss_of(plain, hvd.rank(), t).backward()
+                    twin.step()
+            assert scaler.get_scale() == SCALE / 2
+            if not some.included():
+                close(flat(model), flat(plain), 1e-6, f"parameters outside, {compression}, fused={fused}")
+    hvd.remove_process_set(some)
+
+
 if __name__ == "__main__":
     harness.main(globals())
