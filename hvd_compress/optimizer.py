@@ -179,7 +179,8 @@ class _DistributedOptimizer(torch.optim.Optimizer):
         Args:
             closure: reevaluates the model and returns the loss. Its gradients are exchanged each time it
                 runs, and what it returns is averaged over ranks, so that optimizers that look at the loss
-                decide alike everywhere.
+                decide alike everywhere. Algorithms that exchange updates (DEF) leave both local: the wrapped
+                optimizer searches along this rank's own loss, and what it has subtracted in the end is exchanged.
         """
         self._consensus.forbid("step()")
         reducer = self._reducer
@@ -227,7 +228,9 @@ class _DistributedOptimizer(torch.optim.Optimizer):
         def completed_closure() -> Any:
             with torch.enable_grad():
                 loss = closure()
-            self._complete_gradients()
+            if self._reducer.link.member:
+                self._complete_gradients()
+                self._reducer.close_pass()
             return loss
 
         return completed_closure

@@ -287,6 +287,9 @@ class Reducer:
         self._stepping = True
         for state in self.states:
             state.bucket.reclaim(cast(UpdateState, state).local)
+        self._clip()
+
+    def _clip(self) -> None:
         if self.algorithm.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.tracked, self.algorithm.clip_norm / math.sqrt(self.link.size))
 
@@ -314,6 +317,12 @@ class Reducer:
     def stand(self) -> None:
         """The parameters stand where the algorithm wants them now."""
         self._watch.remember(self._points())
+
+    def close_pass(self) -> None:
+        """A closure has run inside the step, and may run again."""
+        self._clip()
+        self._reset()
+        self._stepping = True
 
     def drop_pass_counts(self) -> None:
         """Nothing was exchanged: count backward passes anew."""
