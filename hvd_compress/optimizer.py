@@ -11,7 +11,7 @@ from typing import Any, Callable, Iterable, Iterator, Optional
 import torch
 from torch.nn import Parameter
 
-from hvd_compress import amp, arguments, collectives, residuals
+from hvd_compress import amp, arguments, collectives, residuals, sparse
 from hvd_compress.algorithms import Algorithm, Dense
 from hvd_compress.arguments import Groups
 from hvd_compress.collectives import Adasum, Average, Compression, Link, global_process_set
@@ -243,7 +243,7 @@ class _DistributedOptimizer(torch.optim.Optimizer):
             return  # knows no dense gradients, and skips what is missing to the same effect
         for parameter in self._reducer.tracked:
             if parameter.grad is None and parameter.requires_grad:
-                parameter.grad = torch.zeros_like(parameter)
+                parameter.grad = sparse.missing(parameter, self.state.get(parameter, {}))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """torch's ``zero_grad``; AssertionError between ``backward()`` and ``step()``/``synchronize()``."""
