@@ -37,7 +37,8 @@ class ScaledStep:
             if reducer.scaler is not None:
                 amp.mark_overflow(reducer.scaler, optimizer)
             return True
-        if not self._fused:
+        clips = reducer.link.member and reducer.algorithm.clip_norm is not None
+        if not self._fused or clips:  # clipping comes before the wrapped optimizer
             self._unscale()
         return False
 
