@@ -139,6 +139,9 @@ def description(
     items: list[tuple[str, Any]] = [
         ("compression", repr(algorithm)),
         ("op, gradient_predivide_factor, backward_passes_per_step", (*reduction, passes)),
+        ("sparse_as_dense", bool(optimizer.sparse_as_dense)),
+        ("the class of the optimizer", optimizer._hvd_base.__name__),
+        ("HVD_COMPRESS_CHECK_REPLICAS in the environment", optimizer.check_replicas),
     ]
     if groups is not None:
         # In whatever order a rank has them: only what belongs together matters.
@@ -147,10 +150,14 @@ def description(
         items.append(("groups", lists))
     for index, group in enumerate(optimizer.param_groups):
         for parameter in group["params"]:
-            name = optimizer._parameter_names[parameter]
-            kind = (tuple(parameter.shape), str(parameter.dtype), parameter.stride(), parameter.requires_grad, index)
-            items.append((f"parameter {name!r} (shape, dtype, strides, requires_grad, group)", kind))
+            items.append(parameter_item(optimizer._parameter_names[parameter], parameter, index))
     return items
+
+
+def parameter_item(name: str, parameter: Parameter, group: int) -> tuple[str, Any]:
+    """What must be the same on every rank of one parameter."""
+    kind = (tuple(parameter.shape), str(parameter.dtype), parameter.stride(), parameter.requires_grad, group)
+    return f"parameter {name!r} (shape, dtype, strides, requires_grad, group)", kind
 
 
 def agree(link: Link, description: Sequence[tuple[str, Any]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from typing import Callable
 
@@ -156,6 +157,21 @@ def check_ranks_disagree_in_what_is_frozen() -> None:
     if hvd.rank() == 1:
         next(model.parameters()).requires_grad_(False)
     raises(ValueError, "requires_grad", "rank 1", call=lambda: attempt(model))
+
+
+def check_ranks_disagree_in_options() -> None:
+    model = network()
+    odd = hvd.rank() == 1
+    raises(ValueError, "sparse_as_dense", "rank 1 has", call=lambda: attempt(model, sparse_as_dense=odd))
+    kind = torch.optim.Adam if odd else torch.optim.SGD
+    raises(
+        ValueError, "class of the optimizer", "SGD", "Adam", f"this is rank {hvd.rank()}",
+        call=lambda: wrap(model, kind(model.parameters(), lr=0.1), Dense()),
+    )
+    if odd:
+        os.environ["HVD_COMPRESS_CHECK_REPLICAS"] = "1"
+    raises(ValueError, "HVD_COMPRESS_CHECK_REPLICAS", "rank 1 has", call=lambda: attempt(model))
+    os.environ.pop("HVD_COMPRESS_CHECK_REPLICAS", None)
 
 
 def check_horovod_still_works_afterwards() -> None:
