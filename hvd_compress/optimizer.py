@@ -257,6 +257,7 @@ class _DistributedOptimizer(torch.optim.Optimizer):
         index = len(self.param_groups) - 1
         for j, parameter in enumerate(self.param_groups[index]["params"]):
             self._parameter_names.setdefault(parameter, f"allreduce.noname.{index}.{j}")
+            self._reducer.newcomers.add(parameter)
         self._reducer.track()
 
     def consensus(self, point: str = "shared") -> Any:

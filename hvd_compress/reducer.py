@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from hvd_compress import amp, presence, sparse
+from hvd_compress import amp, arguments, presence, sparse
 from hvd_compress.algorithms.base import Algorithm, GradientState, Rate, State, UpdateState
 from hvd_compress.arguments import Groups
 from hvd_compress.buckets import Entry
@@ -57,6 +57,7 @@ class Reducer:
         self.on_settle: Callable[[], None] = lambda: None
         self.scaler: Optional[Any] = None  # the last GradScaler seen
         self.scaled = False  # whether this step's gradients came from it
+        self.newcomers: set[Parameter] = set()  # added since ranks agreed on their parameters
         self.fired = False
         self._stepping = False  # a closure's backward passes run inside the step
         self._built = False
@@ -69,6 +70,7 @@ class Reducer:
         # One rank needs no hooks to exchange, only to see loss scaling; passes are not counted then.
         self._counts_passes = link.member and (link.size > 1 or is_elastic())
         self.track()
+        self.newcomers.clear()
 
     @property
     def states(self) -> list[State]:
@@ -92,6 +94,7 @@ class Reducer:
             if parameter.requires_grad and parameter not in self._delay:
                 self._delay[parameter] = self.passes
                 self.tracked.append(parameter)
+                self.newcomers.add(parameter)
                 parameter.register_post_accumulate_grad_hook(weakly(self._on_gradient))  # type: ignore[no-untyped-call]
                 self._built = False
 
@@ -184,6 +187,11 @@ class Reducer:
 
     def settle(self) -> None:
         """Make buckets, and what they hold, agree with what was loaded or broadcast since the last step."""
+        self.track()
+        if self.newcomers and not is_elastic():
+            new = [(self.names[p], p, index) for index, p in self._optimizer_parameters() if p in self.newcomers]
+            arguments.agree(self.link, [arguments.parameter_item(*item) for item in new])
+            self.newcomers.clear()
         self.build()
         self.on_settle()
         if self.local_steps_done == 0:

@@ -174,6 +174,21 @@ def check_ranks_disagree_in_options() -> None:
     os.environ.pop("HVD_COMPRESS_CHECK_REPLICAS", None)
 
 
+def check_ranks_disagree_in_an_added_group() -> None:
+    odd = hvd.rank() == 1
+    for compression in (Dense(), EF(RandomBlock()), DEF(RandomBlock()), EF(TopK())):
+        for shape, trained in ((8 + odd, True), (8, not odd)):
+            model = network()
+            optimizer = wrap(model, sgd(model), compression)
+            model(torch.ones(2, 5)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            added = nn.Parameter(torch.ones(shape), requires_grad=trained)
+            optimizer.add_param_group({"params": [added]})
+            (model(torch.ones(2, 5)).sum() + added.square().sum()).backward()
+            raises(ValueError, "noname.1.0", "rank 1 has", f"this is rank {hvd.rank()}", call=optimizer.step)
+
+
 def check_horovod_still_works_afterwards() -> None:
     """Nothing above has left a collective behind, and a good optimizer still trains."""
     model = network()
