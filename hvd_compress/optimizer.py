@@ -153,6 +153,7 @@ class _DistributedOptimizer(torch.optim.Optimizer):
         Algorithms that exchange updates (DEF) exchange nothing here: gradients stay local, and clipping
         after this call acts on the local gradient. A missing gradient becomes zeros either way.
         """
+        self._consensus.forbid("synchronize()")
         reducer = self._reducer
         if self._synchronized and not reducer.fired:
             return
@@ -253,6 +254,7 @@ class _DistributedOptimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """torch's ``add_param_group``; parameters not in ``named_parameters`` are named by their position."""
+        self._consensus.forbid("add_param_group()")
         self._hvd_base.add_param_group(self, param_group)
         index = len(self.param_groups) - 1
         for j, parameter in enumerate(self.param_groups[index]["params"]):
@@ -293,6 +295,7 @@ class _DistributedOptimizer(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a ``state_dict()`` of this rank; a plain torch state empties the residuals."""
+        self._consensus.forbid("load_state_dict()")
         self._synchronized, self._should_synchronize, self._scaled_step.overflowed = False, True, False
         self._reducer.set_passes(self._reducer.passes)
         self._hvd_base.load_state_dict(self, self._keeper.strip(state_dict))
