@@ -11,7 +11,7 @@ from typing import Any, Callable, Iterable, Iterator, Optional
 import torch
 from torch.nn import Parameter
 
-from hvd_compress import amp, arguments, collectives, residuals, sparse
+from hvd_compress import amp, arguments, collectives, residuals, sparse, validation
 from hvd_compress.algorithms import Algorithm, Dense
 from hvd_compress.arguments import Groups
 from hvd_compress.collectives import Adasum, Average, Compression, Link, global_process_set
@@ -72,6 +72,8 @@ def DistributedOptimizer(
             parameters or the compression (on every rank alike).
     """
     arguments.require_horovod()
+    arguments.check_optimizer(optimizer)
+    arguments.check_process_set(process_set)
     algorithm = arguments.algorithm_of(compression)
     arguments.check_reduction(op, gradient_predivide_factor, backward_passes_per_step)
     groups = arguments.resolve_groups(num_groups, groups)
@@ -88,9 +90,8 @@ def DistributedOptimizer(
             0, groups, sparse_as_dense, process_set,
         )
     base = type(optimizer)
-    if "_hvd_base" in base.__dict__:
-        raise ValueError("DistributedOptimizer: the optimizer is already distributed; wrap the plain torch optimizer")
     names = arguments.parameter_names(optimizer, named_parameters)
+    arguments.refuse_complex((p for group in optimizer.param_groups for p in group["params"]), names)
     link = Link(process_set)
     namespace = {k: v for k, v in vars(_DistributedOptimizer).items() if k not in ("__dict__", "__weakref__")}
     # Horovod's broadcast_optimizer_state knows by this module name that it must initialise a state with
@@ -145,6 +146,7 @@ class _DistributedOptimizer(torch.optim.Optimizer):
 
     def set_backward_passes_per_step(self, passes: int) -> None:
         """Change the number of backward passes per step; counting starts anew."""
+        validation.integer("set_backward_passes_per_step", "passes", passes, 1)
         self._reducer.set_passes(passes)
 
     def synchronize(self) -> None:
@@ -257,9 +259,15 @@ class _DistributedOptimizer(torch.optim.Optimizer):
         self._consensus.forbid("add_param_group()")
         self._hvd_base.add_param_group(self, param_group)
         index = len(self.param_groups) - 1
-        for j, parameter in enumerate(self.param_groups[index]["params"]):
-            self._parameter_names.setdefault(parameter, f"allreduce.noname.{index}.{j}")
-            self._reducer.newcomers.add(parameter)
+        added = self.param_groups[index]["params"]
+        names = {parameter: f"allreduce.noname.{index}.{j}" for j, parameter in enumerate(added)}
+        try:
+            arguments.refuse_complex(added, names)
+        except ValueError:
+            self.param_groups.pop()
+            raise
+        self._parameter_names.update({p: name for p, name in names.items() if p not in self._parameter_names})
+        self._reducer.newcomers.update(added)
         self._reducer.track()
 
     def consensus(self, point: str = "shared") -> Any:
