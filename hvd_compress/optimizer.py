@@ -11,7 +11,7 @@ from typing import Any, Callable, Iterable, Iterator, Optional
 import torch
 from torch.nn import Parameter
 
-from hvd_compress import amp, arguments, collectives, residuals, sparse, validation
+from hvd_compress import amp, arguments, collectives, initialising, residuals, sparse, validation
 from hvd_compress.algorithms import Algorithm, Dense
 from hvd_compress.arguments import Groups
 from hvd_compress.collectives import Adasum, Average, Compression, Link, global_process_set
@@ -95,9 +95,9 @@ def DistributedOptimizer(
     link = Link(process_set)
     namespace = {k: v for k, v in vars(_DistributedOptimizer).items() if k not in ("__dict__", "__weakref__")}
     # Horovod's broadcast_optimizer_state knows by this module name that it must initialise a state with
-    # the base class's step(), without communication.
+    # the step() of the class that this one derives from, without communication.
     namespace.update(_hvd_base=base, __module__=collectives.horovod_optimizer.__module__)
-    cls: Any = type(base.__name__, (base,), namespace)
+    cls: Any = type(base.__name__, (initialising.between(base),), namespace)
     wrapped = cls.__new__(cls)
     wrapped.__dict__.update({k: v for k, v in vars(optimizer).items() if k != "step"})
     wrapped._original = optimizer
