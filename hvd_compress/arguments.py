@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import reprlib
 import warnings
-from typing import Any, Iterable, Optional, Sequence, Union
+from numbers import Real
+from typing import Any, Iterable, Mapping, Optional, Sequence, Union
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from hvd_compress import collectives
+from hvd_compress import collectives, validation
 from hvd_compress.algorithms import Algorithm, Dense
 from hvd_compress.collectives import Adasum, Average, Link, Sum
 from hvd_compress.compressors import Cast, Compressor
@@ -55,12 +57,51 @@ def check_reduction(op: int, gradient_predivide_factor: float, backward_passes_p
         raise ValueError(f"DistributedOptimizer: op={op!r} is not allowed; it must be Average, Sum or Adasum")
     if gradient_predivide_factor != 1.0 and op != Average:
         raise ValueError("gradient_predivide_factor not supported with op != Average")
-    if not gradient_predivide_factor > 0:
-        raise ValueError(
-            f"DistributedOptimizer: gradient_predivide_factor={gradient_predivide_factor!r} must be > 0"
-        )
-    if backward_passes_per_step <= 0:
+    validation.positive("DistributedOptimizer", "gradient_predivide_factor", gradient_predivide_factor)
+    if isinstance(backward_passes_per_step, Real) and backward_passes_per_step <= 0:
         raise ValueError("backward_passes_per_step must be > 0")
+    validation.integer("DistributedOptimizer", "backward_passes_per_step", backward_passes_per_step, 1)
+
+
+def check_optimizer(optimizer: Any) -> None:
+    """Raise ValueError unless ``optimizer`` can be wrapped."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ValueError(
+            f"DistributedOptimizer: optimizer={_short(optimizer)} is not allowed; it must be a torch.optim.Optimizer "
+            "object, such as torch.optim.SGD(model.parameters(), lr=0.1)"
+        )
+    if "_hvd_base" in type(optimizer).__dict__:
+        raise ValueError("DistributedOptimizer: the optimizer is already distributed; wrap the plain torch optimizer")
+
+
+def check_process_set(process_set: Any) -> None:
+    """Raise ValueError unless ``process_set`` is one that Horovod knows."""
+    if not isinstance(process_set, collectives.ProcessSet):
+        raise ValueError(
+            f"DistributedOptimizer: process_set={_short(process_set)} is not allowed; it must be a Horovod ProcessSet, "
+            "such as hvd.global_process_set or what hvd.add_process_set([0, 1]) returns"
+        )
+    if process_set.process_set_id is None:
+        raise ValueError(
+            f"DistributedOptimizer: process_set={_short(process_set)} is not registered; call "
+            "hvd.add_process_set(process_set) on every rank first"
+        )
+
+
+def refuse_complex(parameters: Iterable[Parameter], names: Mapping[Parameter, str]) -> None:
+    """Raise ValueError if there is a complex one among ``parameters``."""
+    for p in parameters:
+        if p.is_complex():
+            raise ValueError(
+                f"DistributedOptimizer: parameter {names.get(p, '?')!r} is complex ({p.dtype}), which Horovod cannot "
+                "exchange; store its real and imaginary parts in a real parameter, and use "
+                "torch.view_as_complex(parameter) in the model"
+            )
+
+
+def _short(value: Any) -> str:
+    """``repr`` without the many lines of a model."""
+    return reprlib.repr(value) if isinstance(value, (str, list, tuple, dict)) else " ".join(repr(value).split())[:80]
 
 
 def resolve_groups(num_groups: int, groups: Groups) -> Groups:
@@ -75,11 +116,19 @@ def resolve_groups(num_groups: int, groups: Groups) -> Groups:
             groups = num_groups
     if groups is None:
         return None
-    if not (isinstance(groups, (list, tuple)) or (isinstance(groups, int) and groups > 0)):
-        raise ValueError("groups should be a non-negative integer or a list of list of torch.Tensor.")
+    if not (isinstance(groups, (list, tuple)) or (isinstance(groups, int) and groups > 0)) or groups is True:
+        raise ValueError(
+            f"groups should be a non-negative integer or a list of list of torch.Tensor. (groups={_short(groups)})"
+        )
     if not isinstance(groups, int):
         seen: set[int] = set()
         for team in groups:
+            # The rows of a tensor would pass for tensors of a group.
+            if isinstance(team, Tensor) or not hasattr(team, "__len__"):
+                raise ValueError(
+                    "groups should be a non-negative integer or a list of list of torch.Tensor. (groups holds "
+                    f"{_short(team)}, which is no list)"
+                )
             for p in team:
                 if not isinstance(p, Tensor):
                     raise ValueError("groups must consist of torch.Tensor.")
@@ -139,6 +188,9 @@ def description(
     items: list[tuple[str, Any]] = [
         ("compression", repr(algorithm)),
         ("op, gradient_predivide_factor, backward_passes_per_step", (*reduction, passes)),
+        ("sparse_as_dense", bool(optimizer.sparse_as_dense)),
+        ("the class of the optimizer", optimizer._hvd_base.__name__),
+        ("HVD_COMPRESS_CHECK_REPLICAS in the environment", optimizer.check_replicas),
     ]
     if groups is not None:
         # In whatever order a rank has them: only what belongs together matters.
@@ -147,10 +199,14 @@ def description(
         items.append(("groups", lists))
     for index, group in enumerate(optimizer.param_groups):
         for parameter in group["params"]:
-            name = optimizer._parameter_names[parameter]
-            kind = (tuple(parameter.shape), str(parameter.dtype), parameter.stride(), parameter.requires_grad, index)
-            items.append((f"parameter {name!r} (shape, dtype, strides, requires_grad, group)", kind))
+            items.append(parameter_item(optimizer._parameter_names[parameter], parameter, index))
     return items
+
+
+def parameter_item(name: str, parameter: Parameter, group: int) -> tuple[str, Any]:
+    """What must be the same on every rank of one parameter."""
+    kind = (tuple(parameter.shape), str(parameter.dtype), parameter.stride(), parameter.requires_grad, group)
+    return f"parameter {name!r} (shape, dtype, strides, requires_grad, group)", kind
 
 
 def agree(link: Link, description: Sequence[tuple[str, Any]]) -> None:

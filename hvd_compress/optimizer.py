@@ -11,13 +11,14 @@ from typing import Any, Callable, Iterable, Iterator, Optional
 import torch
 from torch.nn import Parameter
 
-from hvd_compress import amp, arguments, collectives, residuals
+from hvd_compress import amp, arguments, collectives, initialising, residuals, sparse, validation
 from hvd_compress.algorithms import Algorithm, Dense
 from hvd_compress.arguments import Groups
 from hvd_compress.collectives import Adasum, Average, Compression, Link, global_process_set
 from hvd_compress.consensus import Consensus
 from hvd_compress.exchange import Reduction
 from hvd_compress.reducer import Reducer
+from hvd_compress.scaling import ScaledStep
 from hvd_compress.telemetry import Stats
 
 _STEP_AFTER_SYNCHRONIZE = (
@@ -71,6 +72,8 @@ def DistributedOptimizer(
             parameters or the compression (on every rank alike).
     """
     arguments.require_horovod()
+    arguments.check_optimizer(optimizer)
+    arguments.check_process_set(process_set)
     algorithm = arguments.algorithm_of(compression)
     arguments.check_reduction(op, gradient_predivide_factor, backward_passes_per_step)
     groups = arguments.resolve_groups(num_groups, groups)
@@ -87,15 +90,14 @@ def DistributedOptimizer(
             0, groups, sparse_as_dense, process_set,
         )
     base = type(optimizer)
-    if "_hvd_base" in base.__dict__:
-        raise ValueError("DistributedOptimizer: the optimizer is already distributed; wrap the plain torch optimizer")
     names = arguments.parameter_names(optimizer, named_parameters)
+    arguments.refuse_complex((p for group in optimizer.param_groups for p in group["params"]), names)
     link = Link(process_set)
     namespace = {k: v for k, v in vars(_DistributedOptimizer).items() if k not in ("__dict__", "__weakref__")}
     # Horovod's broadcast_optimizer_state knows by this module name that it must initialise a state with
-    # the base class's step(), without communication.
+    # the step() of the class that this one derives from, without communication.
     namespace.update(_hvd_base=base, __module__=collectives.horovod_optimizer.__module__)
-    cls: Any = type(base.__name__, (base,), namespace)
+    cls: Any = type(base.__name__, (initialising.between(base),), namespace)
     wrapped = cls.__new__(cls)
     wrapped.__dict__.update({k: v for k, v in vars(optimizer).items() if k != "step"})
     wrapped._original = optimizer
@@ -108,9 +110,7 @@ class _DistributedOptimizer(torch.optim.Optimizer):
     """Methods of the dynamic class; ``_hvd_base`` is the wrapped optimizer's own class."""
 
     _hvd_base: Any
-    grad_scale: Any  # set by GradScaler.step for the duration of a step, like found_inf
-    found_inf: Any
-    # GradScaler then always calls step(), on every rank, and leaves it to us to skip: see ``_agree_to_skip``.
+    # GradScaler then always calls step(), on every rank, and leaves it to us to skip: see ``ScaledStep``.
     _step_supports_amp_scaling = True
 
     def _setup(
@@ -123,13 +123,14 @@ class _DistributedOptimizer(torch.optim.Optimizer):
         self.sparse_as_dense = sparse_as_dense
         self.process_set = link.process_set
         self.check_replicas = os.environ.get("HVD_COMPRESS_CHECK_REPLICAS", "0") not in ("", "0")
-        self._base_supports_amp = bool(self.__dict__.pop("_step_supports_amp_scaling", False))
-        self._synchronized, self._should_synchronize, self._skip_agreed = False, True, False
+        fused = bool(self.__dict__.pop("_step_supports_amp_scaling", False))
+        self._synchronized, self._should_synchronize = False, True
         if link.member and not collectives.is_elastic():
             arguments.agree(link, arguments.description(self, algorithm, reduction, passes, groups))
         if link.member:
             algorithm.check(link)
         self._reducer = Reducer(self, names, algorithm, link, reduction, passes, groups, sparse_as_dense)
+        self._scaled_step = ScaledStep(self, self._reducer, fused)
         self._consensus = Consensus(self, self._reducer)
         self._keeper = residuals.Keeper(self, self._reducer)
         base_step = self._hvd_base.step
@@ -145,6 +146,7 @@ class _DistributedOptimizer(torch.optim.Optimizer):
 
     def set_backward_passes_per_step(self, passes: int) -> None:
         """Change the number of backward passes per step; counting starts anew."""
+        validation.integer("set_backward_passes_per_step", "passes", passes, 1)
         self._reducer.set_passes(passes)
 
     def synchronize(self) -> None:
@@ -153,6 +155,7 @@ class _DistributedOptimizer(torch.optim.Optimizer):
         Algorithms that exchange updates (DEF) exchange nothing here: gradients stay local, and clipping
         after this call acts on the local gradient. A missing gradient becomes zeros either way.
         """
+        self._consensus.forbid("synchronize()")
         reducer = self._reducer
         if self._synchronized and not reducer.fired:
             return
@@ -162,7 +165,7 @@ class _DistributedOptimizer(torch.optim.Optimizer):
                 self._complete_gradients()
                 reducer.sum_gradients()
             else:
-                self._skip_agreed = reducer.synchronize()
+                self._scaled_step.overflowed = reducer.synchronize()
         self._synchronized = True
 
     @contextlib.contextmanager
@@ -180,7 +183,8 @@ class _DistributedOptimizer(torch.optim.Optimizer):
         Args:
             closure: reevaluates the model and returns the loss. Its gradients are exchanged each time it
                 runs, and what it returns is averaged over ranks, so that optimizers that look at the loss
-                decide alike everywhere.
+                decide alike everywhere. Algorithms that exchange updates (DEF) leave both local: the wrapped
+                optimizer searches along this rank's own loss, and what it has subtracted in the end is exchanged.
         """
         self._consensus.forbid("step()")
         reducer = self._reducer
@@ -195,7 +199,7 @@ class _DistributedOptimizer(torch.optim.Optimizer):
             self.synchronize()
         self._synchronized = False
         self._original._opt_called = True  # type: ignore[attr-defined]
-        if self._agree_to_skip():
+        if self._scaled_step.skip():
             reducer.drop_pass_counts()
             return None
         return self._hooked_step(self, closure)
@@ -228,8 +232,10 @@ class _DistributedOptimizer(torch.optim.Optimizer):
         def completed_closure() -> Any:
             with torch.enable_grad():
                 loss = closure()
-            self._complete_gradients()
-            self._reducer.sum_gradients()
+            if self._reducer.link.member:
+                self._complete_gradients()
+                self._reducer.sum_gradients()
+                self._reducer.close_pass()
             return loss
 
         return completed_closure
@@ -242,25 +248,7 @@ class _DistributedOptimizer(torch.optim.Optimizer):
             return  # knows no dense gradients, and skips what is missing to the same effect
         for parameter in self._reducer.tracked:
             if parameter.grad is None and parameter.requires_grad:
-                parameter.grad = torch.zeros_like(parameter)
-
-    def _agree_to_skip(self) -> bool:
-        """Inside ``GradScaler.step``: unscale, and skip the step on all ranks if any has an infinite gradient."""
-        found_inf = getattr(self, "found_inf", None)
-        if found_inf is None or not self._reducer.link.member:
-            return False
-        skip = self._reducer.any_rank(self._skip_agreed or bool(found_inf))
-        self._skip_agreed = False
-        if skip:
-            if self._reducer.scaler is not None:
-                amp.mark_overflow(self._reducer.scaler, self)
-            return True
-        if not self._base_supports_amp:
-            if self.grad_scale is not None:
-                gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-                torch._foreach_mul_(gradients, 1.0 / float(self.grad_scale))
-            self.grad_scale = self.found_inf = None  # done; torch's plain optimizers refuse to see them
-        return False
+                parameter.grad = sparse.missing(parameter, self.state.get(parameter, {}))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """torch's ``zero_grad``; AssertionError between ``backward()`` and ``step()``/``synchronize()``."""
@@ -270,10 +258,18 @@ class _DistributedOptimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """torch's ``add_param_group``; parameters not in ``named_parameters`` are named by their position."""
+        self._consensus.forbid("add_param_group()")
         self._hvd_base.add_param_group(self, param_group)
         index = len(self.param_groups) - 1
-        for j, parameter in enumerate(self.param_groups[index]["params"]):
-            self._parameter_names.setdefault(parameter, f"allreduce.noname.{index}.{j}")
+        added = self.param_groups[index]["params"]
+        names = {parameter: f"allreduce.noname.{index}.{j}" for j, parameter in enumerate(added)}
+        try:
+            arguments.refuse_complex(added, names)
+        except ValueError:
+            self.param_groups.pop()
+            raise
+        self._parameter_names.update({p: name for p, name in names.items() if p not in self._parameter_names})
+        self._reducer.newcomers.update(added)
         self._reducer.track()
 
     def consensus(self, point: str = "shared") -> Any:
@@ -309,7 +305,8 @@ class _DistributedOptimizer(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a ``state_dict()`` of this rank; a plain torch state empties the residuals."""
-        self._synchronized, self._should_synchronize, self._skip_agreed = False, True, False
+        self._consensus.forbid("load_state_dict()")
+        self._synchronized, self._should_synchronize, self._scaled_step.overflowed = False, True, False
         self._reducer.set_passes(self._reducer.passes)
         self._hvd_base.load_state_dict(self, self._keeper.strip(state_dict))
         self._keeper.load(state_dict.get(residuals.KEY))

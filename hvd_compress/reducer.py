@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from hvd_compress import amp, presence, sparse
+from hvd_compress import amp, arguments, presence, sparse
 from hvd_compress.algorithms.base import Algorithm, GradientState, Rate, State, UpdateState
 from hvd_compress.arguments import Groups
 from hvd_compress.buckets import Entry
@@ -59,6 +59,7 @@ class Reducer:
         self.on_settle: Callable[[], None] = lambda: None
         self.scaler: Optional[Any] = None  # the last GradScaler seen
         self.scaled = False  # whether this step's gradients came from it
+        self.newcomers: set[Parameter] = set()  # added since ranks agreed on their parameters
         self.fired = False
         self._stepping = False  # a closure's backward passes run inside the step
         self._built = False
@@ -71,6 +72,7 @@ class Reducer:
         # One rank needs no hooks to exchange, only to see loss scaling; passes are not counted then.
         self._counts_passes = link.member and (link.size > 1 or is_elastic())
         self.track()
+        self.newcomers.clear()
 
     @property
     def states(self) -> list[State]:
@@ -94,6 +96,7 @@ class Reducer:
             if parameter.requires_grad and parameter not in self._delay:
                 self._delay[parameter] = self.passes
                 self.tracked.append(parameter)
+                self.newcomers.add(parameter)
                 parameter.register_post_accumulate_grad_hook(weakly(self._on_gradient))  # type: ignore[no-untyped-call]
                 self._built = False
 
@@ -186,6 +189,11 @@ class Reducer:
 
     def settle(self) -> None:
         """Make buckets, and what they hold, agree with what was loaded or broadcast since the last step."""
+        self.track()
+        if self.newcomers and not is_elastic():
+            new = [(self.names[p], p, index) for index, p in self._optimizer_parameters() if p in self.newcomers]
+            arguments.agree(self.link, [arguments.parameter_item(*item) for item in new])
+            self.newcomers.clear()
         self.build()
         self.on_settle()
         if self.local_steps_done == 0:
@@ -296,6 +304,9 @@ class Reducer:
         self._stepping = True
         for state in self.states:
             state.bucket.reclaim(cast(UpdateState, state).local)
+        self._clip()
+
+    def _clip(self) -> None:
         if self.algorithm.clip_norm is not None:
             norm = self.algorithm.clip_norm / math.sqrt(self.link.size)
             summed = self.link.size if self.reduction.op == Sum else 1
@@ -327,6 +338,12 @@ class Reducer:
     def stand(self) -> None:
         """The parameters stand where the algorithm wants them now."""
         self._watch.remember(self._points())
+
+    def close_pass(self) -> None:
+        """A closure has run inside the step, and may run again."""
+        self._clip()
+        self._reset()
+        self._stepping = True
 
     def drop_pass_counts(self) -> None:
         """Nothing was exchanged: count backward passes anew."""

@@ -6,7 +6,7 @@ in their first gradients, and a rank may have none: so the ranks agree on it onc
 
 from __future__ import annotations
 
-from typing import Callable, Sequence
+from typing import Any, Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -24,6 +24,22 @@ def agree_sparse(link: Link, parameters: Sequence[Parameter]) -> list[Parameter]
     return [p for p, flag in zip(parameters, flags) if flag]
 
 
+def nothing(parameter: Parameter) -> Tensor:
+    """A sparse gradient without any entry."""
+    return torch.sparse_coo_tensor(
+        torch.zeros((1, 0), dtype=torch.int64, device=parameter.device),
+        parameter.new_zeros((0, *parameter.shape[1:])),
+        parameter.shape,
+    )
+
+
+def missing(parameter: Parameter, memory: Mapping[str, Any]) -> Tensor:
+    """Zeros as the wrapped optimizer can take them: one that remembers a sparse momentum adds no dense gradient."""
+    if any(isinstance(value, Tensor) and value.is_sparse for value in memory.values()):
+        return nothing(parameter)
+    return torch.zeros_like(parameter)
+
+
 def launch(
     link: Link, parameters: Sequence[Parameter], names: Sequence[str], op: int
 ) -> list[Callable[[], Tensor]]:
@@ -32,11 +48,7 @@ def launch(
     for parameter, name in zip(parameters, names):
         gradient = parameter.grad
         if gradient is None:
-            gradient = torch.sparse_coo_tensor(
-                torch.zeros((1, 0), dtype=torch.int64, device=parameter.device),
-                parameter.new_zeros((0, *parameter.shape[1:])),
-                parameter.shape,
-            )
+            gradient = nothing(parameter)
         elif not gradient.is_sparse:
             gradient = gradient.to_sparse(1)
         waits.append(link.sparse_allreduce_async(gradient, f"sparse.{name}", op))

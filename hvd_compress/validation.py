@@ -37,6 +37,15 @@ def boolean(owner: str, argument: str, value: Any) -> None:
 
 def positive_or_none(owner: str, argument: str, value: Any) -> None:
     """Raise ValueError unless ``value`` is None or a finite number > 0."""
-    ok = value is None or (isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) < math.inf)
-    if not ok:
+    if value is not None and not _positive(value):
         raise ValueError(f"{owner}: {argument}={value!r} is not allowed; it must be a number > 0, or None")
+
+
+def positive(owner: str, argument: str, value: Any) -> None:
+    """Raise ValueError unless ``value`` is a finite number > 0."""
+    if not _positive(value):
+        raise ValueError(f"{owner}: {argument}={value!r} is not allowed; it must be a finite number > 0")
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) < math.inf

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from typing import Callable
 
@@ -89,6 +90,47 @@ def check_reduction() -> None:
     raises(ValueError, "predivide", call=lambda: attempt(model, gradient_predivide_factor=0.0))
     raises(ValueError, "backward_passes_per_step must be > 0", call=lambda: attempt(model, backward_passes_per_step=0))
     raises(ValueError, "op=", call=lambda: attempt(model, op=17))
+    for factor in (float("inf"), float("nan"), -1.0, "2", None):
+        raises(ValueError, f"gradient_predivide_factor={factor!r}", "> 0",
+               call=lambda f=factor: attempt(model, gradient_predivide_factor=f))
+    raises(ValueError, "backward_passes_per_step must be > 0", call=lambda: attempt(model, backward_passes_per_step=-1))
+    for passes in (1.5, "2", None, True):
+        raises(ValueError, f"backward_passes_per_step={passes!r}", "integer >= 1",
+               call=lambda n=passes: attempt(model, backward_passes_per_step=n))
+    optimizer = wrap(model, sgd(model), Dense())
+    for passes in (0, -1, 1.5, "2", None, True):
+        raises(ValueError, "set_backward_passes_per_step", f"passes={passes!r}", "integer >= 1",
+               call=lambda n=passes: optimizer.set_backward_passes_per_step(n))
+    assert optimizer.backward_passes_per_step == 1
+
+
+def check_what_is_wrapped() -> None:
+    model = network()
+    for wrong, shown in ((None, "None"), (model, "Sequential"), (torch.optim.SGD, "SGD"), ("sgd", "'sgd'")):
+        raises(ValueError, f"optimizer={shown}" if wrong is not torch.optim.SGD else shown, "torch.optim.Optimizer",
+               call=lambda w=wrong: DistributedOptimizer(w, compression=Dense()))
+
+
+def check_process_sets() -> None:
+    model = network()
+    for wrong, shown in ((None, "None"), ("global", "'global'"), ([0], "[0]")):
+        raises(ValueError, f"process_set={shown}", "ProcessSet", "hvd.add_process_set",
+               call=lambda w=wrong: attempt(model, process_set=w))
+    raises(ValueError, "process_set=", "not registered", "hvd.add_process_set",
+           call=lambda: attempt(model, process_set=hvd.ProcessSet([0])))
+
+
+def check_complex_parameters() -> None:
+    model = network()
+    model.register_parameter("phase", nn.Parameter(torch.ones(3, dtype=torch.complex64)))
+    for compression in (Dense(), EF(TopK()), DEF(RandomBlock())):
+        raises(ValueError, "'phase'", "complex64", "view_as_complex", call=lambda c=compression: attempt(model, c))
+        plain = network()
+        optimizer = wrap(plain, sgd(plain), compression)
+        raises(ValueError, "noname.1.0", "complex64",
+               call=lambda o=optimizer: o.add_param_group({"params": [model.phase]}))
+        plain(torch.ones(2, 5)).sum().backward()
+        optimizer.step()  # the group was not added
 
 
 def check_names() -> None:
@@ -109,6 +151,9 @@ def check_groups() -> None:
     model = network()
     raises(ValueError, "groups should be", call=lambda: attempt(model, groups=0))
     raises(ValueError, "groups should be", call=lambda: attempt(model, groups="all"))
+    raises(ValueError, "groups should be", "groups=True", call=lambda: attempt(model, groups=True))
+    raises(ValueError, "groups should be", "1, which is no list", call=lambda: attempt(model, groups=[1, 2]))
+    raises(ValueError, "groups should be", "no list", call=lambda: attempt(model, groups=list(model.parameters())))
     raises(ValueError, "torch.Tensor", call=lambda: attempt(model, groups=[["0.weight"]]))
     p = next(model.parameters())
     raises(ValueError, "only appear once", call=lambda: attempt(model, groups=[[p], [p]]))
@@ -156,6 +201,36 @@ def check_ranks_disagree_in_what_is_frozen() -> None:
     if hvd.rank() == 1:
         next(model.parameters()).requires_grad_(False)
     raises(ValueError, "requires_grad", "rank 1", call=lambda: attempt(model))
+
+
+def check_ranks_disagree_in_options() -> None:
+    model = network()
+    odd = hvd.rank() == 1
+    raises(ValueError, "sparse_as_dense", "rank 1 has", call=lambda: attempt(model, sparse_as_dense=odd))
+    kind = torch.optim.Adam if odd else torch.optim.SGD
+    raises(
+        ValueError, "class of the optimizer", "SGD", "Adam", f"this is rank {hvd.rank()}",
+        call=lambda: wrap(model, kind(model.parameters(), lr=0.1), Dense()),
+    )
+    if odd:
+        os.environ["HVD_COMPRESS_CHECK_REPLICAS"] = "1"
+    raises(ValueError, "HVD_COMPRESS_CHECK_REPLICAS", "rank 1 has", call=lambda: attempt(model))
+    os.environ.pop("HVD_COMPRESS_CHECK_REPLICAS", None)
+
+
+def check_ranks_disagree_in_an_added_group() -> None:
+    odd = hvd.rank() == 1
+    for compression in (Dense(), EF(RandomBlock()), DEF(RandomBlock()), EF(TopK())):
+        for shape, trained in ((8 + odd, True), (8, not odd)):
+            model = network()
+            optimizer = wrap(model, sgd(model), compression)
+            model(torch.ones(2, 5)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            added = nn.Parameter(torch.ones(shape), requires_grad=trained)
+            optimizer.add_param_group({"params": [added]})
+            (model(torch.ones(2, 5)).sum() + added.square().sum()).backward()
+            raises(ValueError, "noname.1.0", "rank 1 has", f"this is rank {hvd.rank()}", call=optimizer.step)
 
 
 def check_horovod_still_works_afterwards() -> None:

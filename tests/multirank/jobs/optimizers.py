@@ -54,10 +54,12 @@ def check_state_of_every_class_is_broadcast() -> None:
                     plain.step()
                 model.load_state_dict(twin.state_dict())
                 optimizer.load_state_dict(copy.deepcopy(plain.state_dict()))
-            # In this order: to make a state, Horovod takes a step with zero gradients, which decays the weights.
-            hvd.broadcast_optimizer_state(optimizer, root_rank=0)
+            # To make a state, Horovod takes a step with zero gradients, which would decay the weights.
             hvd.broadcast_parameters(model.state_dict(), root_rank=0)
+            broadcast = flat(model)
+            hvd.broadcast_optimizer_state(optimizer, root_rank=0)
             what = f"{cls.__name__}, {compression}"
+            assert torch.equal(flat(model), broadcast), f"parameters moved, {what}"
             same_everywhere(flat(model), f"parameters, {what}")
             same_everywhere(entries(optimizer, model), f"state, {what}")
             assert optimizer.param_groups[0]["lr"] == 0.01

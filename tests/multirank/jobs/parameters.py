@@ -155,6 +155,23 @@ def check_sparse_gradients() -> None:
                 close(result, expected, 1e-6, f"{compression}, sparse_as_dense={as_dense}, skipped by {skip_on}")
 
 
+def check_sparse_momentum_where_a_rank_has_no_gradient() -> None:
+    for skipped in ((2, 3), (0, 2)):
+        results = []
+        for compression in (Dense(), DEF(Identity())):
+            model = Embedded()
+            optimizer = wrap(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), compression)
+            for t in range(5):
+                optimizer.zero_grad()
+                index = torch.tensor([(hvd.rank() * 3 + t) % 20, 1, 1])
+                skips = hvd.rank() == hvd.size() - 1 and t in skipped
+                (model.head(torch.ones(3, 4)) if skips else model(index)).square().sum().backward()
+                optimizer.step()
+            results.append(flat(model))
+            same_everywhere(results[-1], f"parameters with {compression}")
+        close(results[1], results[0], 1e-5, f"DEF against Dense, gradient missing at {skipped}")
+
+
 def check_process_set() -> None:
     members = [0, hvd.size() - 1] if hvd.size() > 2 else [0]
     some = hvd.add_process_set(members)

@@ -10,7 +10,7 @@ import torch
 from common import close, flat, held, loss_of, network, same_everywhere, wrap
 from everything import EXACT, LOSSY
 
-from hvd_compress import DEF, EF, Dense, RandomBlock
+from hvd_compress import DEF, EF, Dense, RandomBlock, TopK
 
 RANKS = (2,)
 FULL_RANKS = (1, 3)
@@ -52,6 +52,21 @@ def check_scaled_training_equals_unscaled() -> None:
             close(flat(model), flat(plain), 1e-9, f"parameters with {compression}, recipe={recipe}")
             if compression != Dense():
                 close(held(optimizer) + 1, held(twin) + 1, 1e-9, "residual")
+
+
+def check_clipping_of_local_gradients_sees_them_unscaled() -> None:
+    """Also if the wrapped optimizer would unscale by itself."""
+    for fused in (False, True):
+        results = []
+        for enabled in (False, True):
+            model = network()
+            plain = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, fused=fused)
+            optimizer = wrap(model, plain, DEF(TopK(0.25), 0.0, clip_norm=0.05))
+            scaler = torch.amp.GradScaler("cpu", init_scale=SCALE, enabled=enabled)
+            for t in range(5):
+                step(model, optimizer, scaler, t, recipe=False)
+            results.append(flat(model) - flat(network()))
+        close(results[1], results[0], 1e-3, f"distance gone, fused={fused}")
 
 
 def check_overflow_on_one_rank_skips_everywhere() -> None:
@@ -96,6 +111,28 @@ def check_scaled_and_unscaled_steps_mix() -> None:
             loss_of(plain, hvd.rank(), t).backward()
             twin.step()
         close(flat(model), flat(plain), 1e-9, f"parameters with {compression}")
+
+
+def check_ranks_outside_the_process_set_scale_on_their_own() -> None:
+    some = hvd.add_process_set([0])
+    for fused in (False, True):
+        for compression in ALL:
+            model, plain = network(), network()
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, fused=fused)
+            optimizer = wrap(model, optimizer, compression, process_set=some)
+            twin = torch.optim.SGD(plain.parameters(), lr=0.05, momentum=0.9)
+            scaler = torch.amp.GradScaler("cpu", init_scale=SCALE)
+            for t in range(4):
+                infinite = t == 1
+                step(model, optimizer, scaler, t, recipe=t == 2, infinite=infinite)
+                if not infinite:
+                    twin.zero_grad()
+                    loss_of(plain, hvd.rank(), t).backward()
+                    twin.step()
+            assert scaler.get_scale() == SCALE / 2
+            if not some.included():
+                close(flat(model), flat(plain), 1e-6, f"parameters outside, {compression}, fused={fused}")
+    hvd.remove_process_set(some)
 
 
 if __name__ == "__main__":

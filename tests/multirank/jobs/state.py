@@ -246,7 +246,13 @@ def check_consensus() -> None:
         for name in ("shared", "virtual"):
             with optimizer.consensus(point=name):
                 same_everywhere(flat(model), name)
-                raises(RuntimeError, "consensus", call=optimizer.step)
+                forbidden = {
+                    "step": (), "synchronize": (), "load_state_dict": (optimizer.state_dict(),),
+                    "add_param_group": ({"params": [torch.nn.Parameter(torch.ones(2))]},),
+                }
+                for action, args in forbidden.items():
+                    raises(RuntimeError, f"{action}() inside optimizer.consensus(",
+                           call=lambda o=optimizer, a=action, args=args: getattr(o, a)(*args))
                 raises(RuntimeError, "consensus", call=lambda o=optimizer: o.consensus().__enter__())
             assert torch.equal(flat(model), point), "bitwise back"
             raises(KeyError, call=lambda o=optimizer, n=name: fail_inside(o, n))
