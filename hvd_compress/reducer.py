@@ -180,6 +180,7 @@ class Reducer:
         )
         self._ready = [0] * len(self.states)
         self._built = True
+        self.recorder.between_steps(self.link.sent)  # what ranks had to agree on first was for no exchange
         if new:
             self.on_build(new)
 

@@ -310,6 +310,16 @@ def check_one_optimizer_for_each_of_two_models() -> None:
                 same_everywhere(flat(model), "x")
 
 
+def check_first_step_counts_its_exchange_only() -> None:
+    for compression in (Dense(), EF(Identity()), DEF(Identity()), *BLOCKS):
+        model = network()
+        optimizer = wrap(model, sgd(model), compression)
+        sent: list[float] = []
+        train(model, optimizer, 3, lambda t: 0.1, after_step=lambda t: sent.append(optimizer.stats().bytes_sent))  # noqa: B023
+        assert sent[0] == sent[1] == sent[2], f"{sent} with {compression}"
+        assert optimizer.stats().total_bytes_sent > sum(sent), "the total has the handshake as well"
+
+
 def check_order_of_hooks_does_not_matter() -> None:
     for compression in (*EXACT, *LOSSY):
         results = []
