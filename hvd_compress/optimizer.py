@@ -11,7 +11,7 @@ from typing import Any, Callable, Iterable, Iterator, Optional
 import torch
 from torch.nn import Parameter
 
-from hvd_compress import amp, arguments, collectives, initialising, residuals, sparse, validation
+from hvd_compress import amp, arguments, collectives, initialising, local_gradients, residuals, validation
 from hvd_compress.algorithms import Algorithm, Dense
 from hvd_compress.arguments import Groups
 from hvd_compress.collectives import Adasum, Average, Compression, Link, global_process_set
@@ -162,8 +162,7 @@ class _DistributedOptimizer(torch.optim.Optimizer):
         if reducer.link.member:
             if reducer.algorithm.exchanges_updates:
                 reducer.drop_pass_counts()
-                self._complete_gradients()
-                reducer.sum_gradients()
+                local_gradients.prepare(self, reducer)
             else:
                 self._scaled_step.overflowed = reducer.synchronize()
         self._synchronized = True
@@ -211,6 +210,7 @@ class _DistributedOptimizer(torch.optim.Optimizer):
         updates = reducer.algorithm.exchanges_updates and reducer.link.member
         if updates:
             reducer.before_update()
+            local_gradients.clip(reducer)
         loss = self._bare_step(self) if closure is None else self._bare_step(self, closure)
         if updates:
             reducer.exchange_updates()
@@ -233,22 +233,12 @@ class _DistributedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
             if self._reducer.link.member:
-                self._complete_gradients()
-                self._reducer.sum_gradients()
+                local_gradients.prepare(self, self._reducer)
+                local_gradients.clip(self._reducer)
                 self._reducer.close_pass()
             return loss
 
         return completed_closure
-
-    def _complete_gradients(self) -> None:
-        """A gradient that only other ranks have computed counts as zeros here: momentum and weight decay go on."""
-        if self._reducer.link.size == 1 and not collectives.is_elastic():
-            return
-        if issubclass(self._hvd_base, torch.optim.SparseAdam):
-            return  # knows no dense gradients, and skips what is missing to the same effect
-        for parameter in self._reducer.tracked:
-            if parameter.grad is None and parameter.requires_grad:
-                parameter.grad = sparse.missing(parameter, self.state.get(parameter, {}))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """torch's ``zero_grad``; AssertionError between ``backward()`` and ``step()``/``synchronize()``."""

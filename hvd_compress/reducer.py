@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import weakref
 from typing import Any, Callable, Iterator, Optional, Sequence, cast
 
@@ -292,26 +291,12 @@ class Reducer:
 
     # -- updates ---------------------------------------------------------------------------------------
 
-    def sum_gradients(self) -> None:
-        """With op=Sum: this rank's gradients as its share of a mean, so that momentum and weight decay see a sum."""
-        if self.reduction.op == Sum and self.link.size > 1:
-            for p in self.tracked:
-                if p.grad is not None:
-                    p.grad.mul_(self.link.size)
-
     def before_update(self) -> None:
         """The wrapped optimizer is about to step: make sure the states stand where the parameters are."""
         self.settle()
         self._stepping = True
         for state in self.states:
             state.bucket.reclaim(cast(UpdateState, state).local)
-        self._clip()
-
-    def _clip(self) -> None:
-        if self.algorithm.clip_norm is not None:
-            norm = self.algorithm.clip_norm / math.sqrt(self.link.size)
-            summed = self.link.size if self.reduction.op == Sum else 1
-            torch.nn.utils.clip_grad_norm_(self.tracked, norm * summed)
 
     def exchange_updates(self) -> None:
         """The wrapped optimizer has stepped: exchange what it subtracted, if it is time to."""
@@ -342,7 +327,6 @@ class Reducer:
 
     def close_pass(self) -> None:
         """A closure has run inside the step, and may run again."""
-        self._clip()
         self._reset()
         self._stepping = True
 

@@ -1,0 +1,36 @@
+"""This rank's gradients before its own optimizer steps with them, for algorithms that exchange updates."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from hvd_compress import sparse
+from hvd_compress.collectives import Sum, is_elastic
+from hvd_compress.reducer import Reducer
+
+
+def prepare(optimizer: torch.optim.Optimizer, reducer: Reducer) -> None:
+    """Complete them, and with op=Sum make them this rank's share of a mean.
+
+    A gradient that only other ranks have computed counts as zeros here, so that momentum and weight decay go on.
+    Multiplied before the local step, a sum is one for momentum and weight decay as well; updates are averaged.
+    """
+    link = reducer.link
+    # SparseAdam knows no dense gradients, and skips what is missing to the same effect.
+    if (link.size > 1 or is_elastic()) and not isinstance(optimizer, torch.optim.SparseAdam):
+        for parameter in reducer.tracked:
+            if parameter.grad is None and parameter.requires_grad:
+                parameter.grad = sparse.missing(parameter, optimizer.state.get(parameter, {}))
+    if reducer.reduction.op == Sum and link.size > 1:
+        for parameter in reducer.tracked:
+            if parameter.grad is not None:
+                parameter.grad.mul_(link.size)
+
+
+def clip(reducer: Reducer) -> None:
+    """Clip their norm to the algorithm's ``clip_norm`` over the square root of the number of ranks, if it has one."""
+    if (norm := reducer.algorithm.clip_norm) is not None:
+        factor = reducer.link.size if reducer.reduction.op == Sum else 1
+        torch.nn.utils.clip_grad_norm_(reducer.tracked, factor * norm / math.sqrt(reducer.link.size))
