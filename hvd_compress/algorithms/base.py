@@ -164,20 +164,31 @@ class UpdateState(BucketState):
     def place(self) -> None:
         """Write this rank's own point, as it was last chosen, into the parameters."""
 
-    def heed(self, alone: bool) -> None:
-        """The parameters were rewritten, with the same values on all ranks: they are the shared model now.
+    def heed(self, rewritten: Sequence[bool], alone: bool) -> None:
+        """Parameters were rewritten, with the same values on all ranks: there they are the shared model now.
 
         Args:
+            rewritten: whether that is so, for each parameter of the bucket (an empty one never is).
             alone: there is one rank only. Then it may as well have clipped its weights, so the shared
                 model moves by as much as the parameters, and what is held back stays in its place.
         """
-        if not alone:
-            self.anchor()
+        if not any(rewritten):
             return
-        rewritten = self.local.flat.to(self.shared.flat.dtype)
-        self.place()
-        self.shared.flat.add_(rewritten - self.local.flat.to(rewritten.dtype))
-        self.local.flat.copy_(rewritten)
+        if alone:
+            written = self.local.flat.to(self.shared.flat.dtype, copy=True)
+            self.place()
+            self.shared.flat.add_(written - self.local.flat.to(written.dtype))
+            self.local.flat.copy_(written)
+        elif all(new or not p.numel() for new, p in zip(rewritten, self.bucket.parameters)):
+            self.anchor()
+        else:
+            # One coefficient says where a bucket stands: what was rewritten goes to the rank's own point about the
+            # new model, where nothing counts as an update, and the others keep what their rank has changed.
+            before = self.bucket.mirror(self.bucket.dtype, self.local.flat.clone())
+            taken, kept = ([i for i, new in enumerate(rewritten) if new is wanted] for wanted in (True, False))
+            torch._foreach_copy_([self.shared.views[i] for i in taken], [self.local.views[i] for i in taken])
+            self.place()
+            torch._foreach_copy_([self.local.views[i] for i in kept], [before.views[i] for i in kept])
 
     def resume(self, parameters: Tensor, known: bool) -> None:
         """The buffers have been restored; decide where the model stands.
