@@ -12,7 +12,7 @@ from torch.nn import Parameter
 from hvd_compress import amp, arguments, presence, sparse
 from hvd_compress.algorithms.base import Algorithm, GradientState, Rate, State, UpdateState
 from hvd_compress.arguments import Groups
-from hvd_compress.buckets import Entry
+from hvd_compress.buckets import Entry, Mirror
 from hvd_compress.collectives import Average, Link, Sum, is_elastic
 from hvd_compress.exchange import Context, Reduction
 from hvd_compress.hooks import weakly
@@ -123,7 +123,7 @@ class Reducer:
             self.fired = True
             self.scaled = amp.running_scaler() is not None
             if self._built and self.local_steps_done == 0 and not self._stepping:
-                self._watch.launch(self._points())
+                self._look_for_rewrites()
             if self._calls_roll:
                 self._roll.launch()
         if self.scaled:
@@ -199,20 +199,26 @@ class Reducer:
         if self.local_steps_done == 0:
             self._heed_rewrites()
 
-    def _points(self) -> list[Tensor]:
-        return [state.local.flat for state in self.states if isinstance(state, UpdateState)]
+    def _points(self) -> list[Mirror]:
+        return [state.local for state in self.states if isinstance(state, UpdateState)]
+
+    def _look_for_rewrites(self) -> None:
+        if not self._watch.launched:
+            for state in self.states:
+                if isinstance(state, UpdateState):
+                    state.bucket.reclaim(state.local)
+            self._watch.launch(self._points())
 
     def _heed_rewrites(self) -> None:
         """Let parameters that were broadcast or loaded since the last step become the shared model."""
-        self._watch.launch(self._points())
-        rewritten, same = self._watch.rewritten(first=self.step == 0)
+        self._look_for_rewrites()
+        rewritten = self._watch.rewritten(self._points(), first=self.step == 0)
         if self.algorithm.gathers and not self._watch.complete:
             raise presence.absent(self.link)
-        if rewritten and same:
-            for state in self.states:
-                if isinstance(state, UpdateState):
-                    state.heed(alone=self.link.size == 1)
-        if rewritten:
+        if rewritten is not None:
+            states = [state for state in self.states if isinstance(state, UpdateState)]
+            for state, flags in zip(states, rewritten):
+                state.heed(flags, alone=self.link.size == 1)
             self.stand()
 
     @property

@@ -191,6 +191,7 @@ class Keeper:
             reducer.build()  # needs no other rank here, and the next forward pass starts from the right point
         if reducer.states:
             self._restore(reducer.states, saved)
+            reducer.stand()
         else:
             self._unclaimed = saved
 
@@ -207,7 +208,8 @@ class Keeper:
         complete = restore(states, saved, own)
         for state in states:
             if isinstance(state, UpdateState):
-                state.resume(before[id(state)], known=any(state is s for s in complete))
+                known = any(state is s for s in complete)
+                state.resume(before[id(state)], known, saved["scalars"])
             if not own:
                 _empty(state)
 

@@ -1,10 +1,10 @@
-"""Notices that parameters were written between steps, by a broadcast or by loading a model.
+"""Notices that parameters were written between steps, by a broadcast or by loading a model or a part of it.
 
-Algorithms that exchange updates keep a shared model besides the parameters. If the parameters have been
-overwritten with the same values on every rank, these are the model now. If each rank has changed its own
+Algorithms that exchange updates keep a shared model besides the parameters. A parameter that has been
+overwritten with the same values on every rank is the model's now. If each rank has changed its own
 (clipping weights, say), that is part of its update. Either way all ranks must decide alike, and the root
-of a broadcast sees nothing change; so each step a few numbers are averaged over ranks, while backward
-runs: whether a rank saw its parameters rewritten, and a digest of them.
+of a broadcast sees nothing change; so at each step the number of ranks that saw a parameter change is
+summed, for each parameter, while backward runs. Only if there is one, its values are compared over ranks.
 """
 
 from __future__ import annotations
@@ -15,16 +15,19 @@ from typing import Optional, Sequence
 import torch
 from torch import Tensor
 
-from hvd_compress.collectives import Link, Pending, is_elastic
+from hvd_compress.algorithms.folding import TILE
+from hvd_compress.buckets import Mirror
+from hvd_compress.collectives import Link, Pending, Sum, is_elastic
+from hvd_compress.compressors.base import pieces
 
-SAMPLES = 256  # per bucket, evenly spread
-# A digest of 32 bits as base-16 digits: the mean of a digit's square equals the square of its mean only if
-# all ranks have the same digit, and both are exact enough in float32 for thousands of ranks.
-DIGITS = 8
+SAMPLES = 16  # per parameter, evenly spread: of a small one, every element
+# A digest of 63 bits as three words: the ranks' sum of a word, squared, is the number of ranks times the sum of
+# its squares only if all ranks have the same word; integers of 64 bits hold both.
+WORDS, BITS = 3, 21
 
 
 class RewriteWatch:
-    """Watches the parameters of one optimizer; every method takes its buckets' flat parameters."""
+    """Watches the parameters of one optimizer; every method takes its buckets' parameters, as views of flat vectors."""
 
     def __init__(self, link: Link) -> None:
         self._link = link
@@ -35,19 +38,22 @@ class RewriteWatch:
         self._fresh = True
         self.complete = True  # no rank was missing when last asked
 
-    def _sample(self, flats: Sequence[Tensor]) -> list[Tensor]:
-        if len(self._index) != len(flats):
-            self._fresh = True
-            self._index = [
-                torch.linspace(0, max(f.numel() - 1, 0), min(SAMPLES, f.numel()), dtype=torch.float64, device=f.device)
-                .round().to(torch.int64)
-                for f in flats
-            ]
-        return [f.index_select(0, index) for f, index in zip(flats, self._index)]
+    @property
+    def launched(self) -> bool:
+        """Whether a comparison is under way."""
+        return self._pending is not None
 
-    def remember(self, flats: Sequence[Tensor]) -> None:
+    def _sample(self, points: Sequence[Mirror]) -> list[Tensor]:
+        """For each bucket the bits of its parameters' samples, a row for each parameter that is not empty."""
+        if len(self._index) != len(points):
+            self._fresh = True
+            self._index = [_spread(point) for point in points]
+        samples = [_bits(point.flat).index_select(0, index) for point, index in zip(points, self._index)]
+        return [values.view(-1, SAMPLES) for values in samples]
+
+    def remember(self, points: Sequence[Mirror]) -> None:
         """The parameters stand where the algorithm has put them."""
-        self._seen = self._sample(flats)
+        self._seen = self._sample(points)
         self._fresh = False
 
     def forget(self) -> None:
@@ -56,55 +62,96 @@ class RewriteWatch:
             self._pending.wait()
         self._fresh, self._pending, self._row = True, None, None
 
-    def launch(self, flats: Sequence[Tensor]) -> None:
-        """Start to compare with the other ranks (collective), unless that has been started."""
-        if self._pending is not None or not flats:
+    def launch(self, points: Sequence[Mirror]) -> None:
+        """Start to tell the other ranks what has changed (collective), unless that has been started."""
+        if self._pending is not None or not points:
             return
-        now = self._sample(flats)
-        device = flats[0].device
-        changed = torch.ones((), device=device)
-        if not self._fresh:
-            moved = sum(((a != b).sum().to(device) for a, b in zip(now, self._seen)), torch.zeros((), device=device))
-            changed = (moved * 2 > sum(a.numel() for a in now)).to(torch.float32)
-        digits = torch.cat([_digits(values).to(device) for values in now]).view(len(now), DIGITS).sum(0) % 16
+        now, device = self._sample(points), points[0].flat.device
+        if self._fresh:
+            changed = [torch.ones(len(values), device=device) for values in now]
+        else:
+            changed = [(a != b).any(1).to(device, torch.float32) for a, b in zip(now, self._seen)]
         # A rank that has joined (hvd.join()) takes part with zeros, which shows in the first number.
-        here = torch.ones(1, device=device)
-        row = torch.cat((here, changed.view(1), digits.to(torch.float32), digits.square().to(torch.float32)))
-        self._row = row
-        self._pending = self._link.allreduce_async(row, "rewrites")
+        self._row = torch.cat((torch.ones(1, device=device), *changed))
+        self._pending = self._link.allreduce_async(self._row, "rewrites", Sum)
 
-    def rewritten(self, first: bool = False) -> tuple[bool, bool]:
+    def rewritten(self, points: Sequence[Mirror], first: bool = False) -> Optional[list[list[bool]]]:
         """Finish what ``launch`` started (the host reads a row of numbers: the one synchronisation of a step).
 
         Args:
+            points: as they were given to ``launch``, perhaps with new buckets at the end.
             first: no step has been taken yet; warn if ranks start from different parameters.
 
         Returns:
-            (whether the parameters of any rank were rewritten, whether they are the same on all ranks).
+            None if no rank saw a parameter change; else for each bucket and parameter whether it was rewritten,
+            with the same values on all ranks.
         """
         if self._pending is None or self._row is None:
-            return False, True
+            return None
         pending, row = self._pending, self._row
         self._pending, self._row = None, None
         pending.wait()
-        values = row.tolist()
-        self.complete = values[0] > 1 - 0.5 / self._link.size
-        means, squares = values[2 : 2 + DIGITS], values[2 + DIGITS :]
-        same = all(abs(square - mean * mean) < 0.25 / self._link.size for mean, square in zip(means, squares))
-        if first and not same:
+        present, *counts = row.tolist()
+        self.complete = present > self._link.size - 0.5
+        if not any(counts):
+            return None
+        numels = [[view.numel() for view in point.views] for point in points[: len(self._index)]]
+        rest = iter(counts)
+        changed = [[numel > 0 and next(rest) > 0 for numel in some] for some in numels]
+        same = self._same(points, numels, changed, round(present))
+        if first and not all(map(all, same)):
             warnings.warn(
                 f"hvd_compress: at the first step parameters differ between ranks (this is rank {self._link.rank}); "
                 "call hvd.broadcast_parameters(model.state_dict(), root_rank=0) before training",
                 stacklevel=7,
             )
-        return values[1] > 0.25 / self._link.size, same
+        return [[a and b for a, b in zip(*pair)] for pair in zip(changed, same)]
+
+    def _same(
+        self, points: Sequence[Mirror], numels: list[list[int]], changed: list[list[bool]], present: int
+    ) -> list[list[bool]]:
+        """Whether each parameter that has changed is the same on all ranks (collective); True for the others."""
+        if self._link.size == 1:
+            return [[True] * len(some) for some in numels]
+        device = points[0].flat.device
+        nothing = torch.zeros((), dtype=torch.int64, device=device)
+        # All of a parameter, not its samples: the shared model must not differ anywhere.
+        digests = torch.stack([
+            digest(piece).to(device) if looked_at else nothing
+            for point, some, flags in zip(points, numels, changed)
+            for piece, looked_at in zip(pieces(point.flat, some), flags)
+        ])  # fmt: skip
+        words = torch.stack([(digests >> (BITS * k)) & (2**BITS - 1) for k in range(WORDS)])
+        table = torch.stack((words, words.square()))
+        self._link.allreduce(table, "rewrites.same", Sum)
+        equal = iter((table[0].square() == table[1] * present).all(0).tolist())
+        return [[next(equal) for _ in some] for some in numels]
 
 
-def _digits(values: Tensor) -> Tensor:
-    """Base-16 digits of a 32-bit digest of the bits of ``values``."""
-    width = {2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
-    bits = values.view(width).to(torch.int64)
-    weights = torch.arange(1, bits.numel() + 1, device=bits.device) * 2654435761
-    digest = (bits * weights).sum()
-    digest = digest ^ (digest >> 29)
-    return torch.stack([(digest >> (4 * k)) & 15 for k in range(DIGITS)])
+def digest(values: Tensor) -> Tensor:
+    """An int64 that depends on every bit of the vector ``values`` and on their order."""
+    bits = values.view(torch.int16 if values.element_size() == 2 else torch.int32)
+    tile = min(bits.numel(), TILE) if bits.device.type == "cpu" else bits.numel()
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    if not tile:
+        return total
+    weights = torch.arange(1, tile + 1, device=bits.device) * 2654435761 | 1
+    for part in torch.split(bits, tile):
+        total = total * 6364136223846793005 + (part * weights[: part.numel()]).sum()
+    return total ^ (total >> 32)  # of round numbers the low bits are zeros
+
+
+def _bits(values: Tensor) -> Tensor:
+    return values.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()])
+
+
+def _spread(point: Mirror) -> Tensor:
+    """Where to look in a flat vector: SAMPLES places for each parameter that is not empty."""
+    device, start = point.flat.device, 0
+    places = [torch.zeros(0, dtype=torch.int64, device=device)]
+    for view in point.views:
+        if view.numel():
+            even = torch.linspace(start, start + view.numel() - 1, SAMPLES, dtype=torch.float64, device=device)
+            places.append(even.round().to(torch.int64))
+        start += view.numel()
+    return torch.cat(places)

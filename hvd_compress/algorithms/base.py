@@ -196,36 +196,55 @@ class UpdateState(BucketState):
     def place(self) -> None:
         """Write this rank's own point, as it was last chosen, into the parameters."""
 
-    def heed(self, alone: bool) -> None:
-        """The parameters were rewritten, with the same values on all ranks: they are the shared model now.
+    def heed(self, rewritten: Sequence[bool], alone: bool) -> None:
+        """Parameters were rewritten, with the same values on all ranks: there they are the shared model now.
 
         Args:
+            rewritten: whether that is so, for each parameter of the bucket (an empty one never is).
             alone: there is one rank only. Then it may as well have clipped its weights, so the shared
                 model moves by as much as the parameters, and what is held back stays in its place.
         """
-        if not alone:
-            self.anchor()
+        if not any(rewritten):
             return
-        rewritten = self.local.flat.to(self.shared.flat.dtype)
-        self.place()
-        self.shared.flat.add_(rewritten - self.local.flat.to(rewritten.dtype))
-        self.local.flat.copy_(rewritten)
+        if alone:
+            written = self.local.flat.to(self.shared.flat.dtype, copy=True)
+            self.place()
+            self.shared.flat.add_(written - self.local.flat.to(written.dtype))
+            self.local.flat.copy_(written)
+        elif all(new or not p.numel() for new, p in zip(rewritten, self.bucket.parameters)):
+            self.anchor()
+        else:
+            # One coefficient says where a bucket stands: what was rewritten goes to the rank's own point about the
+            # new model, where nothing counts as an update, and the others keep what their rank has changed.
+            before = self.bucket.mirror(self.bucket.dtype, self.local.flat.clone())
+            taken, kept = ([i for i, new in enumerate(rewritten) if new is wanted] for wanted in (True, False))
+            torch._foreach_copy_([self.shared.views[i] for i in taken], [self.local.views[i] for i in taken])
+            self.place()
+            torch._foreach_copy_([self.local.views[i] for i in kept], [before.views[i] for i in kept])
 
-    def resume(self, parameters: Tensor, known: bool) -> None:
+    @abc.abstractmethod
+    def stood(self, saved: Mapping[str, Mapping[str, Any]]) -> Tensor:
+        """This rank's own point (flat, new) by the restored buffers and the saved scalars of each parameter."""
+
+    def resume(self, parameters: Tensor, known: bool, saved: Mapping[str, Mapping[str, Any]]) -> None:
         """The buffers have been restored; decide where the model stands.
 
         Args:
             parameters: the flat parameters as the user left them.
             known: whether ``shared`` was restored too. Parameters that are neither the restored shared
                 model nor this rank's own point are a model of the user's choice, and become the shared one.
+            saved: the saved scalars by name; buckets may have been cut otherwise, and stand elsewhere now.
         """
         if known:
-            if not self.underway:
-                self.place()
+            stood = self.stood(saved)
+            own = self.local.flat.clone() if self.underway else stood
+            self.place()
+            if self.underway:
+                same = torch.equal(self.local.flat, stood)
+                self.local.flat.copy_(own if same else self.local.flat + (own - stood))
             # Another build or device may round the last bit of a rank's own point differently.
             slack = 8 * torch.finfo(parameters.dtype).eps * self.shared.flat.abs().max()
-            points = (self.local.flat, self.shared.flat)
-            if any(bool((parameters - point).abs().max() <= slack) for point in points):
+            if any(bool((parameters - point).abs().max() <= slack) for point in (own, self.shared.flat)):
                 return
             self.local.flat.copy_(parameters)
         self.anchor()

@@ -11,6 +11,7 @@ from torch import Tensor
 from hvd_compress.algorithms.base import UpdateState
 from hvd_compress.algorithms.folding import Coefficient, Folder, stand
 from hvd_compress.buckets import Bucket, Mirror
+from hvd_compress.compressors.base import pieces
 from hvd_compress.exchange import Context
 
 
@@ -64,6 +65,13 @@ class HeldUpdates(UpdateState):
     def anchor(self) -> None:
         self.shared.flat.copy_(self.local.flat)
         self.placed = 0.0
+
+    def stood(self, saved: Mapping[str, Mapping[str, Any]]) -> Tensor:
+        point = torch.empty_like(self.local.flat)
+        vectors = (pieces(v, self.bucket.layout.numels) for v in (self.shared.flat, self.held.flat, point))
+        for name, x, e, z in zip(self.bucket.layout.names, *vectors):
+            stand(x, e, float(saved[name]["placed"]) if name in saved else self.placed, z)
+        return point
 
     def place(self) -> None:
         stand(self.shared.flat, self.held.flat, self.placed, self.local.flat)

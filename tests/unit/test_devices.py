@@ -18,7 +18,7 @@ from hvd_compress.compressors import Layout
 from hvd_compress.consensus import _checksum
 from hvd_compress.exchange import Context, Reduction
 from hvd_compress.reducer import Reducer
-from hvd_compress.rewrites import RewriteWatch
+from hvd_compress.rewrites import RewriteWatch, digest
 from hvd_compress.telemetry import Recorder
 from tests.unit.accelerator import DEVICE, Accelerator, HostWaits, accelerator
 
@@ -226,8 +226,8 @@ def test_whole_steps(
 ) -> None:
     """The engine that drives the states, with a torch optimizer; parameters on two devices."""
     # The watch has a test of its own, below.
-    monkeypatch.setattr(RewriteWatch, "launch", lambda self, flats: None)
-    monkeypatch.setattr(RewriteWatch, "remember", lambda self, flats: None)
+    monkeypatch.setattr(RewriteWatch, "launch", lambda self, points: None)
+    monkeypatch.setattr(RewriteWatch, "remember", lambda self, points: None)
     on_device, on_host = bucket(), bucket(device=torch.device("cpu"))
     parameters = [*on_device.parameters, *on_host.parameters]
     optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9, foreach=False)
@@ -249,16 +249,29 @@ def test_whole_steps(
     assert len(link.calls) == 6
 
 
-def test_watching_for_rewrites(accelerator: Accelerator) -> None:
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_watching_for_rewrites(accelerator: Accelerator, dtype: torch.dtype) -> None:
     """All of a step but its verdict, which the host must read: it decides what is done before the next step."""
     link = StubLink()
+    watch, points = RewriteWatch(link), [b.mirror(b.dtype) for b in (bucket(), bucket(dtype))]  # type: ignore[arg-type]
     for _ in range(2):
-        watch = RewriteWatch(link)  # type: ignore[arg-type]
-        flats = [torch.zeros(1000, device=DEVICE), torch.zeros(3, dtype=torch.bfloat16, device=DEVICE)]
-        watch.launch(flats)
+        watch.launch(points)
         watch.forget()
-        watch.remember(flats)
-        watch.launch(flats)
-    assert len(link.calls) == 4
+        watch.remember(points)
+    before = accelerator.operations
+    watch.launch(points)
+    assert accelerator.operations - before < 25, "a few operations, however many parameters"
+    assert set(link.calls) == {("rewrites", torch.float32, 7, Sum)}, "one row: here, and a number for each parameter"
+    assert digest(points[1].flat).dtype == torch.int64
     with pytest.raises(HostWaits, match="host"):  # the verdict needs real numbers
-        watch.rewritten()
+        watch.rewritten(points)
+
+
+@pytest.mark.parametrize("coefficient", [0.0, 0.3])
+@pytest.mark.parametrize("alone", [True, False])
+def test_heeding_rewrites(accelerator: Accelerator, coefficient: float, alone: bool) -> None:
+    b = bucket(torch.bfloat16)
+    state = DEF(COMPRESSORS[0], coefficient).attach(b, Context(StubLink(), Reduction(), Recorder()))  # type: ignore[arg-type]
+    assert isinstance(state, UpdateState)
+    for flags in ([True, False, False, True], [True, True, False, True], [False] * 4):
+        state.heed(flags, alone)

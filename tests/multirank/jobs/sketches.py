@@ -101,9 +101,9 @@ def check_trees_send_what_the_papers_say() -> None:
         model = network(torch.float64)
         optimizer = wrap(model, torch.optim.SGD(model.parameters(), lr=0.1), algorithm)
         train(model, optimizer, 3, lambda t: 0.1)
-        # The ring for the candidates' values, and the watch for rewritten parameters, which is 17 floats.
+        # The ring for the candidates' values, and the watch for rewritten parameters, which is a number per parameter.
         ring = 2 * (hvd.size() - 1) / hvd.size()
-        sent = optimizer.stats().bytes_sent - ring * 17 * 4
+        sent = optimizer.stats().bytes_sent - ring * 5 * 4
         if message is not None:
             values = ring * min(plain.TOTAL, 4 * 8) * 8
             assert sent - values <= (rounds + 1) * message + 1e-6, (sent, values, message)

@@ -176,43 +176,6 @@ def check_a_state_loaded_on_one_rank_is_broadcast() -> None:
             same_everywhere(flat(again), f"x after going on, {compression}")
 
 
-def check_parameters_broadcast_in_mid_training_become_the_model() -> None:
-    if hvd.size() == 1:
-        return
-    for compression in LOSSY:
-        model, optimizer = make(compression)
-        train(model, optimizer, 5, rate)
-        owed = held(optimizer)
-        if hvd.rank() == 0:
-            model.load_state_dict(network(seed=4).state_dict())
-        hvd.broadcast_parameters(model.state_dict(), root_rank=0)
-        with optimizer.consensus():
-            # A mean of equal numbers may round (LIEC at three ranks).
-            close(flat(model), flat(network(seed=4)), 1e-7, f"x with {compression}")
-        assert torch.equal(held(optimizer), owed)
-        train(model, optimizer, 1, lambda t: 0.0, first=5)
-        hvd.broadcast_parameters(model.state_dict(), root_rank=0)  # of rank 0's own point: nothing was loaded
-        point = flat(model)
-        train(model, optimizer, 1, lambda t: 0.0, first=6)
-        with optimizer.consensus():
-            same_everywhere(flat(model), f"x with {compression}")
-            close(flat(model), point, 0.2, f"x stays near what was broadcast, {compression}")
-
-
-def check_weights_changed_by_each_rank_are_part_of_its_update() -> None:
-    """Clipping weights after every step, as Wasserstein GANs do, is no reason to take one rank's for the model."""
-    model, optimizer = make(DEF(BLOCK))
-    for t in range(20):
-        train(model, optimizer, 1, rate, first=t)
-        with torch.no_grad():
-            for p in model.parameters():
-                p.clamp_(-0.1, 0.1)
-    with optimizer.consensus():
-        same_everywhere(flat(model), "x")
-        assert torch.isfinite(flat(model)).all()
-        assert not torch.equal(flat(model), flat(network()))
-
-
 def check_elastic_save_restore_sync() -> None:
     for compression in LOSSY:
         model, optimizer = make(compression)
