@@ -134,6 +134,10 @@ class Link:
         self.allreduce_async(tensor, name, op).wait()
         return tensor
 
+    def any_rank(self, flag: bool) -> bool:
+        """Whether ``flag`` is True on any rank (blocking; one number)."""
+        return bool(self.allreduce(torch.tensor([int(flag)], dtype=torch.int32), "any", Sum).item())
+
     def allgather_async(self, tensor: Tensor, name: str) -> Pending:
         """Concatenate the ranks' tensors (any dtype but bfloat16) along the first dimension, in rank order."""
         if self.size == 1:

@@ -12,12 +12,12 @@ from torch.nn import Parameter
 from hvd_compress import amp, arguments, presence, sparse
 from hvd_compress.algorithms.base import Algorithm, GradientState, Rate, State, UpdateState
 from hvd_compress.arguments import Groups
-from hvd_compress.buckets import Entry, Mirror
-from hvd_compress.collectives import Average, Link, Sum, is_elastic
+from hvd_compress.buckets import Entry
+from hvd_compress.collectives import Average, Link, is_elastic
 from hvd_compress.exchange import Context, Reduction
 from hvd_compress.hooks import weakly
 from hvd_compress.partition import Partition
-from hvd_compress.rewrites import RewriteWatch
+from hvd_compress.rewrites import Rewrites
 from hvd_compress.telemetry import Recorder
 
 # Optimizers whose update grows with the gradient: for these a change of learning rate changes what a
@@ -63,7 +63,7 @@ class Reducer:
         self._stepping = False  # a closure's backward passes run inside the step
         self._built = False
         self._delay: dict[Parameter, int] = {}
-        self._watch = RewriteWatch(link)
+        self._rewrites = Rewrites(link)
         self._roll = presence.RollCall(link)
         self._calls_roll = algorithm.gathers and not algorithm.exchanges_updates
         self._ready: list[int] = []
@@ -115,7 +115,7 @@ class Reducer:
                 state.abandon()
         self.passes = passes
         self._reset()
-        self._watch.forget()
+        self._rewrites.forget()
 
     def _on_gradient(self, parameter: Tensor) -> None:
         p = cast(Parameter, parameter)
@@ -123,7 +123,7 @@ class Reducer:
             self.fired = True
             self.scaled = amp.running_scaler() is not None
             if self._built and self.local_steps_done == 0 and not self._stepping:
-                self._look_for_rewrites()
+                self._rewrites.look(self._updates())
             if self._calls_roll:
                 self._roll.launch()
         if self.scaled:
@@ -197,29 +197,10 @@ class Reducer:
         self.build()
         self.on_settle()
         if self.local_steps_done == 0:
-            self._heed_rewrites()
+            self._rewrites.heed(self._updates(), first=self.step == 0, needs_all=self.algorithm.gathers)
 
-    def _points(self) -> list[Mirror]:
-        return [state.local for state in self.states if isinstance(state, UpdateState)]
-
-    def _look_for_rewrites(self) -> None:
-        if not self._watch.launched:
-            for state in self.states:
-                if isinstance(state, UpdateState):
-                    state.bucket.reclaim(state.local)
-            self._watch.launch(self._points())
-
-    def _heed_rewrites(self) -> None:
-        """Let parameters that were broadcast or loaded since the last step become the shared model."""
-        self._look_for_rewrites()
-        rewritten = self._watch.rewritten(self._points(), first=self.step == 0)
-        if self.algorithm.gathers and not self._watch.complete:
-            raise presence.absent(self.link)
-        if rewritten is not None:
-            states = [state for state in self.states if isinstance(state, UpdateState)]
-            for state, flags in zip(states, rewritten):
-                state.heed(flags, alone=self.link.size == 1)
-            self.stand()
+    def _updates(self) -> list[UpdateState]:
+        return [state for state in self.states if isinstance(state, UpdateState)]
 
     @property
     def dense_bytes(self) -> float:
@@ -248,11 +229,6 @@ class Reducer:
         state.start(self.step, gradients, self._rate(state))
         self._started.append(index)
 
-    def any_rank(self, flag: bool) -> bool:
-        """Whether ``flag`` is True on any rank (a small collective)."""
-        total = self.link.allreduce(torch.tensor([int(flag)], dtype=torch.int32), "any", Sum)
-        return bool(total.item())
-
     def synchronize(self) -> bool:
         """Exchange gradients and leave the aggregate in ``p.grad``.
 
@@ -261,7 +237,7 @@ class Reducer:
             touched, and every rank has an infinity in its gradients, for its GradScaler to find.
         """
         self.settle()
-        if self.scaler is not None and self.any_rank(amp.overflowed(self.tracked)):
+        if self.scaler is not None and self.link.any_rank(amp.overflowed(self.tracked)):
             amp.poison(self.tracked)
             self._reset()
             return True
@@ -310,7 +286,7 @@ class Reducer:
         assert optimizer is not None
         self._reset()
         self.local_steps_done += 1
-        states = [cast(UpdateState, state) for state in self.states]
+        states = self._updates()
         if self.local_steps_done < self.algorithm.local_steps:
             for state in states:
                 state.underway = True
@@ -329,7 +305,7 @@ class Reducer:
 
     def stand(self) -> None:
         """The parameters stand where the algorithm wants them now."""
-        self._watch.remember(self._points())
+        self._rewrites.remember(self._updates())
 
     def close_pass(self) -> None:
         """A closure has run inside the step, and may run again."""

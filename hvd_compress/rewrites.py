@@ -15,6 +15,8 @@ from typing import Optional, Sequence
 import torch
 from torch import Tensor
 
+from hvd_compress import presence
+from hvd_compress.algorithms.base import UpdateState
 from hvd_compress.algorithms.folding import TILE
 from hvd_compress.buckets import Mirror
 from hvd_compress.collectives import Link, Pending, Sum, is_elastic
@@ -24,6 +26,44 @@ SAMPLES = 16  # per parameter, evenly spread: of a small one, every element
 # A digest of 63 bits as three words: the ranks' sum of a word, squared, is the number of ranks times the sum of
 # its squares only if all ranks have the same word; integers of 64 bits hold both.
 WORDS, BITS = 3, 21
+
+
+class Rewrites:
+    """Lets parameters that were written between steps become the shared model of the states that have one."""
+
+    def __init__(self, link: Link) -> None:
+        self._link, self._watch = link, RewriteWatch(link)
+
+    def look(self, states: Sequence[UpdateState]) -> None:
+        """Start to compare the parameters with where they were put (collective), unless that has been started."""
+        if not self._watch.launched:
+            for state in states:
+                state.bucket.reclaim(state.local)
+            self._watch.launch([state.local for state in states])
+
+    def heed(self, states: Sequence[UpdateState], first: bool, needs_all: bool) -> None:
+        """What all ranks have rewritten alike since the last step is the shared model now.
+
+        Args:
+            first: no step has been taken yet.
+            needs_all: raise if a rank has joined (``hvd.join()``): what follows is more than allreduces.
+        """
+        self.look(states)
+        rewritten = self._watch.rewritten([state.local for state in states], first=first)
+        if needs_all and not self._watch.complete:
+            raise presence.absent(self._link)
+        if rewritten is not None:
+            for state, flags in zip(states, rewritten):
+                state.heed(flags, alone=self._link.size == 1)
+            self.remember(states)
+
+    def remember(self, states: Sequence[UpdateState]) -> None:
+        """The parameters stand where the algorithm has put them."""
+        self._watch.remember([state.local for state in states])
+
+    def forget(self) -> None:
+        """What was remembered no longer counts."""
+        self._watch.forget()
 
 
 class RewriteWatch:

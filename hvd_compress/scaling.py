@@ -32,7 +32,7 @@ class ScaledStep:
         skip = self.overflowed or bool(found_inf)
         self.overflowed = False
         if reducer.link.member:  # other ranks have nobody to agree with
-            skip = reducer.any_rank(skip)
+            skip = reducer.link.any_rank(skip)
         if skip:
             if reducer.scaler is not None:
                 amp.mark_overflow(reducer.scaler, optimizer)
