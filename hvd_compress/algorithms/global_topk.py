@@ -88,22 +88,9 @@ class _GlobalTopKState(HeldUpdates):
         self.context.recorder.wait_seconds(time.perf_counter() - begin)
 
     def _merge(self, mine: mpi.Array, other: mpi.Array) -> mpi.Array:
-        """The k largest coordinates of the sum of two messages; the rest is noted as dropped."""
-        k = self._codec.k
-        (a, i), (b, j) = (self._codec.unpack(torch.from_numpy(message)) for message in (mine, other))
-        indices, inverse = np.unique(torch.cat((i, j)).numpy(), return_inverse=True)
-        sums = np.zeros(len(indices), dtype=a.numpy().dtype)
-        np.add.at(sums, inverse, torch.cat((a, b)).numpy())
-        order = np.argsort(-np.abs(sums), kind="stable")
-        kept, dropped = np.sort(order[:k]), order[k:]
-        self._dropped.append((torch.from_numpy(indices[dropped].astype(np.int64)), torch.from_numpy(sums[dropped])))
-        message = torch.zeros_like(torch.from_numpy(mine))
-        values, places = self._codec.unpack(message)
-        # Fewer than k only where messages overlap entirely; slots left over are zeros at coordinate 0.
-        values[: len(kept)] = torch.from_numpy(sums[kept])
-        places[: len(kept)] = torch.from_numpy(indices[kept])
-        result: mpi.Array = message.numpy()
-        return result
+        message, indices, sums = merged(self._codec, mine, other)
+        self._dropped.append((torch.from_numpy(indices), torch.from_numpy(sums)))
+        return message
 
     def finish(self) -> None:
         begin = time.perf_counter()
@@ -114,3 +101,24 @@ class _GlobalTopKState(HeldUpdates):
         self._codec.accumulate(self._merged, self.shared.flat, -1.0 / self.context.link.size)
         self.place()
         self.context.recorder.decode_seconds(time.perf_counter() - begin)
+
+
+def merged(codec: TopKCodec, mine: mpi.Array, other: mpi.Array) -> tuple[mpi.Array, mpi.Array, mpi.Array]:
+    """The k largest coordinates of the sum of two messages, nan counting as infinite.
+
+    Returns:
+        Their message; coordinates (int64) and sums of what was dropped.
+    """
+    (a, i), (b, j) = (codec.unpack(torch.from_numpy(message)) for message in (mine, other))
+    indices, inverse = np.unique(torch.cat((i, j)).numpy(), return_inverse=True)
+    sums = np.zeros(len(indices), dtype=a.numpy().dtype)
+    np.add.at(sums, inverse, torch.cat((a, b)).numpy())
+    sizes = np.where(np.isnan(sums), np.inf, np.abs(sums))
+    order = np.argsort(-sizes, kind="stable")
+    kept, dropped = np.sort(order[: codec.k]), order[codec.k :]
+    message = torch.zeros(codec.numel, dtype=codec.dtype)
+    values, places = codec.unpack(message)
+    # Fewer than k only where messages overlap entirely; slots left over are zeros at coordinate 0.
+    values[: len(kept)] = torch.from_numpy(sums[kept])
+    places[: len(kept)] = torch.from_numpy(indices[kept])
+    return message.numpy(), indices[dropped].astype(np.int64), sums[dropped]

@@ -145,12 +145,19 @@ class _Blocks:
         torch.ge(flat, 0, out=signs[: self.numel])
         torch.mul(signs.view(torch.int64), _GATHER, out=words)
         bits.copy_(words.bitwise_right_shift_(56))  # the conversion keeps the low byte
+        # Devices add up in trees; the host adds one after the other, which millions of float32 do not bear.
+        host = self._device.type == "cpu"
         if self._long:
-            sums = torch.stack(torch._foreach_norm(list(pieces(flat, self.lengths.tolist())), 1))
+            parts = list(pieces(flat, self.lengths.tolist()))
+            if host:
+                norms = [torch.linalg.vector_norm(part, 1, dtype=torch.float64) for part in parts]
+            else:
+                norms = list(torch._foreach_norm(parts, 1))
+            sums = torch.stack(norms)
         else:
             torch.abs(flat, out=values)
             # Unchecked: a check of the lengths would have to wait for the device.
-            sums = torch.segment_reduce(values, "sum", lengths=self._lengths, unsafe=True)
+            sums = torch.segment_reduce(values.double() if host else values, "sum", lengths=self._lengths, unsafe=True)
         scales.copy_(sums.div_(self._lengths))
 
     def add(self, bits: Tensor, scales: Tensor, flat: Tensor, alpha: float) -> None:

@@ -124,6 +124,7 @@ class TopKCodec(Codec):
     def __init__(self, config: TopK, layout: Layout, dtype: torch.dtype, device: torch.device) -> None:
         self._picker = _Picker(config, layout.total, device)
         self.k = self._picker.k
+        self._sampled = config.sampled
         self._dtype, self._step = dtype, 0
         self._places_at = self._picker.k * dtype.itemsize
         self._end = self._places_at + self._picker.k * 4
@@ -146,4 +147,10 @@ class TopKCodec(Codec):
         flat.index_add_(0, places, values, alpha=alpha)
 
     def clear(self, wire: Tensor, flat: Tensor) -> None:
-        flat.index_fill_(0, self.unpack(wire)[1].long(), 0.0)
+        values, places = self.unpack(wire)
+        if self._sampled:
+            # Empty slots point at place 0, which may not have been sent: they take nothing away.
+            found = torch.where(values != 0, flat.index_select(0, places), 0)
+            flat.index_add_(0, places, found, alpha=-1)
+        else:
+            flat.index_fill_(0, places.long(), 0.0)

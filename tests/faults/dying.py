@@ -1,4 +1,5 @@
-"""A job whose last rank dies in the way and at the place given on the command line."""
+"""A job whose last rank dies in the way and at the place given on the command line: in backward, before the step, or
+in it when the first payloads have been launched."""
 
 from __future__ import annotations
 
@@ -9,17 +10,22 @@ import horovod.torch as hvd
 import torch
 from common import loss_of, network, wrap
 
-from hvd_compress import DEF, EF, Dense, RandomBlock
+from hvd_compress import DEF, EF, CountSketch, Dense, DistEF, GlobalSketch, GlobalTopK, RandomBlock, TopK
 
 WAY, PLACE, NAME = sys.argv[1:4]
-COMPRESSION = {"dense": Dense(), "ef": EF(RandomBlock(density=0.25)), "def": DEF(RandomBlock(density=0.25))}[NAME]
+COMPRESSION = {
+    "dense": Dense(), "ef": EF(RandomBlock(density=0.25)), "def": DEF(RandomBlock(density=0.25)),
+    "allgather": EF(TopK(0.25)), "alltoall": DistEF(), "merges": GlobalTopK(0.1),
+    "tree": GlobalSketch(CountSketch(columns=8, rows=3), "tree"),
+}[NAME]
 
 
 def die() -> None:
     if hvd.rank() != hvd.size() - 1:
         return
+    print("this rank gives up", flush=True)
     if WAY == "raise":
-        raise RuntimeError("this rank gives up")
+        raise RuntimeError
     os._exit(3)
 
 
@@ -35,6 +41,8 @@ def main() -> None:
         loss.backward()
         if t == 5 and PLACE == "step":
             die()
+        if t == 5 and PLACE == "exchange" and hvd.rank() == hvd.size() - 1:
+            optimizer._reducer.states[0].advance = die
         optimizer.step()
     print("trained to the end", flush=True)
 

@@ -15,6 +15,17 @@ CASES = [
     ("raise", "backward", "ef", 3, "gloo"),
     ("exit", "step", "def", 3, "gloo"),
     ("exit", "backward", "dense", 2, "mpi"),
+    ("raise", "exchange", "alltoall", 2, "gloo"),
+    ("exit", "exchange", "tree", 3, "mpi"),
+    *(pytest.param(*case, marks=pytest.mark.full) for case in (
+        ("exit", "exchange", "alltoall", 3, "gloo"),
+        ("raise", "exchange", "alltoall", 2, "mpi"),
+        ("raise", "exchange", "allgather", 2, "gloo"),
+        ("exit", "exchange", "allgather", 3, "mpi"),
+        ("raise", "exchange", "tree", 2, "mpi"),
+        ("exit", "exchange", "merges", 2, "mpi"),
+        ("raise", "exchange", "merges", 3, "mpi"),
+    )),
 ]
 
 
@@ -23,5 +34,4 @@ def test_job_ends(way: str, place: str, name: str, ranks: int, launcher: str) ->
     outcome = harness.launch([sys.executable, SCRIPT, way, place, name], ranks, launcher, timeout=120)
     assert outcome.returncode not in (None, 0), f"the job ended with {outcome.returncode}\n{outcome.output}"
     assert "trained to the end" not in outcome.output
-    if way == "raise":
-        assert "this rank gives up" in outcome.output
+    assert "this rank gives up" in outcome.output, outcome.output

@@ -9,8 +9,9 @@ import reference
 import reference_flat as plain
 import torch
 from common import close, flat, joined, loss_of, network, same_everywhere, train, wrap
+from everything import FULL
 
-from hvd_compress import EF
+from hvd_compress import LIEC
 
 STEPS = 100
 
@@ -28,7 +29,8 @@ def heavy_ball() -> reference.SGD:
 
 
 def compare(
-    algorithm: Any, expected: plain.FlatRun, make: Callable[[], reference.SGD], tolerance: float = 1e-5
+    algorithm: Any, expected: plain.FlatRun, make: Callable[[], reference.SGD], tolerance: float = 1e-5,
+    steps: int = STEPS,
 ) -> Any:
     """Train as the reference has been trained and compare everything there is; returns the optimizer."""
     config = make()
@@ -44,12 +46,13 @@ def compare(
         with optimizer.consensus():
             history.append(flat(model))
 
-    train(model, optimizer, STEPS, schedule, after_step=remember)
+    train(model, optimizer, steps, schedule, after_step=remember)
     same_everywhere(torch.cat(history), f"x at some step with {algorithm}")
     close(flat(model), _ordered(expected.z[hvd.rank()]), tolerance, f"z with {algorithm}")
     close(history[-1], _ordered(expected.x), tolerance, f"x with {algorithm}")
-    if not isinstance(algorithm, EF):  # its momentum comes after: what is held back is not yet an update
-        lr = 1.0 if algorithm.exchanges_updates else schedule(STEPS - 1)
+    # With EF momentum comes after the exchange: what is held back is not yet an update.
+    if algorithm.exchanges_updates or isinstance(algorithm, LIEC):
+        lr = 1.0 if algorithm.exchanges_updates else schedule(steps - 1)
         held = reference.mean(expected.e) + expected.s
         with optimizer.consensus("virtual"):
             close(flat(model), _ordered(expected.x - lr * held), tolerance, f"y with {algorithm}")
@@ -60,27 +63,31 @@ def _ordered(vector: Any) -> Any:
     return joined(plain.from_flat(vector))
 
 
-def keep_mass(algorithm: Any, steps: int = 20, op: Any = hvd.Average, tolerance: float = 1e-12) -> None:
+def keep_mass(algorithm: Any, op: Any = hvd.Average, tolerance: float = 1e-12) -> None:
     """Fail unless y_{t+1} = y_t - eta_t * mean of the local step directions, whatever the learning rate does."""
     # Momentum after the exchange (EF) or kept by models that differ (LIEC) is no part of the identity.
-    mu = 0.9 if algorithm.exchanges_updates else 0.0
+    mu, wd = 0.9 if algorithm.exchanges_updates else 0.0, 1e-2
     model, twin = network(torch.float64), network(torch.float64)
-    optimizer = wrap(model, torch.optim.SGD(model.parameters(), lr=0.02, momentum=mu), algorithm, op=op)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.02, momentum=mu, weight_decay=wd)
+    optimizer = wrap(model, sgd, algorithm, op=op)
     factor = 1 if op == hvd.Average else hvd.size()
     # Updates are local: there, what is to become a sum is multiplied before it becomes momentum.
     early = factor if algorithm.exchanges_updates else 1
     with optimizer.consensus("virtual"):
         before = flat(model)
-    for t in range(steps):
+    for t in range(STEPS if FULL else 20):
         lr = (0.02, 0.002, 0.005)[t // 8 % 3] / factor
         optimizer.param_groups[0]["lr"] = lr
         twin.load_state_dict(model.state_dict())
         twin.zero_grad()
         loss_of(twin, hvd.rank(), t).backward()
+        gradients = [p.grad.mul_(early) for p in twin.parameters()]
+        if algorithm.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(twin.parameters(), early * algorithm.clip_norm / hvd.size() ** 0.5)
         kept = [optimizer.state[p].get("momentum_buffer") for p in model.parameters()]
         direction = torch.cat([
-            (early * p.grad if m is None else early * p.grad + mu * m).reshape(-1)
-            for p, m in zip(twin.parameters(), kept)
+            (g + wd * early / factor * p.detach() + (0.0 if m is None else mu * m)).reshape(-1)
+            for g, p, m in zip(gradients, twin.parameters(), kept)
         ])
         optimizer.zero_grad()
         loss_of(model, hvd.rank(), t).backward()

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Callable, Optional
 
 HERE = Path(__file__).parent
+ROOT = HERE.parents[1]  # a checkout tests itself, whatever is installed
 JOBS = HERE / "jobs"
 DEFAULT_RANKS = (2, 3, 4)
 TIMEOUT = 600.0
@@ -60,7 +61,7 @@ def launch(
     """Run ``argv`` as a job; after ``timeout`` seconds the whole job is killed and ``returncode`` is None."""
     with tempfile.TemporaryDirectory(prefix="hvd_compress-") as directory:
         settings = {
-            **os.environ, "OMP_NUM_THREADS": "1", "HVD_COMPRESS_NOTES": directory, "PYTHONPATH": str(HERE),
+            **os.environ, "OMP_NUM_THREADS": "1", "HVD_COMPRESS_NOTES": directory, "PYTHONPATH": f"{HERE}:{ROOT}",
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONUNBUFFERED": "1",
             "HOROVOD_DYNAMIC_PROCESS_SETS": "1", **(env or {}),
         }

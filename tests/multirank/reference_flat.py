@@ -7,7 +7,7 @@ vector and a step to what is decoded from its payload.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Callable, Optional, Sequence
+from typing import Any, Callable, Optional, Sequence, Union
 
 import numpy as np
 import reference
@@ -16,7 +16,10 @@ from reference import SGD, Array, Tensors
 ORDER = tuple(reversed(reference.SHAPES))
 SIZES = {name: int(np.prod(reference.SHAPES[name])) for name in ORDER}
 TOTAL = sum(SIZES.values())
+WHOLE = (0, TOTAL)
 Map = Callable[[Array, int], Array]
+# Of all ranks' vectors and a step, what each of them has given away; the mean of it is what all apply.
+Joint = Callable[[Sequence[Array], int], list[Array]]
 
 
 def to_flat(tensors: Tensors) -> Array:
@@ -28,10 +31,10 @@ def from_flat(flat: Array) -> Tensors:
     return {name: part.reshape(reference.SHAPES[name]).copy() for name, part in zip(ORDER, parts)}
 
 
-def borders(ranks: int) -> list[int]:
+def borders(ranks: int, total: int = TOTAL) -> list[int]:
     """Shards begin at multiples of 8 elements and are of almost equal length."""
-    units = -(-TOTAL // 8)
-    return [min(TOTAL, 8 * (units * k // ranks)) for k in range(ranks + 1)]
+    units = -(-total // 8)
+    return [min(total, 8 * (units * k // ranks)) for k in range(ranks + 1)]
 
 
 def parts(cuts: Sequence[int]) -> list[tuple[str, int, int]]:
@@ -66,13 +69,13 @@ def signs(spans: Sequence[tuple[int, int]]) -> Map:
     return compress
 
 
-def sign_blocks(block_size: Optional[int], cuts: Sequence[int] = (0, TOTAL)) -> list[tuple[int, int]]:
+def sign_blocks(block_size: Optional[int], cuts: Sequence[int] = WHOLE) -> list[tuple[int, int]]:
     return [
         (i, min(b, i + (block_size or b - a))) for _, a, b in parts(cuts) for i in range(a, b, block_size or b - a)
     ]
 
 
-def top(density: float, cuts: Sequence[int] = (0, TOTAL)) -> Map:
+def top(density: float, cuts: Sequence[int] = WHOLE) -> Map:
     """The largest magnitudes of each stretch between cuts."""
 
     def compress(v: Array, step: int) -> Array:
@@ -87,7 +90,7 @@ def top(density: float, cuts: Sequence[int] = (0, TOTAL)) -> Map:
     return compress
 
 
-def selected(select: Callable[[str, int, int], Any], cuts: Sequence[int] = (0, TOTAL), prefix: str = "") -> Map:
+def selected(select: Callable[[str, int, int], Any], cuts: Sequence[int] = WHOLE, prefix: str = "") -> Map:
     """RandomBlock or RandomK: ``select`` gives (start, length) or indices for each tensor or part."""
 
     def compress(v: Array, step: int) -> Array:
@@ -100,6 +103,11 @@ def selected(select: Callable[[str, int, int], Any], cuts: Sequence[int] = (0, T
         return out
 
     return compress
+
+
+def alone(compress: Map) -> Joint:
+    """Each rank compresses its own vector."""
+    return lambda vectors, step: [compress(v, step) for v in vectors]
 
 
 # -- algorithms ----------------------------------------------------------------------------------------
@@ -119,9 +127,15 @@ def _gradients(points: Sequence[Array], t: int) -> list[Tensors]:
     return [reference.gradient(from_flat(z), *reference.batch(k, t)) for k, z in enumerate(points)]
 
 
-def _updates(points: Sequence[Array], t: int, lr: float, optimizers: Sequence[SGD]) -> list[Array]:
-    """What each rank's optimizer subtracts at its own point."""
+def _updates(
+    points: Sequence[Array], t: int, lr: float, optimizers: Sequence[SGD], clip: Optional[float] = None
+) -> list[Array]:
+    """What each rank's optimizer subtracts at its own point, the local gradient clipped before."""
     found = _gradients(points, t)
+    if clip is not None:
+        norms = [float(np.linalg.norm(to_flat(g))) for g in found]
+        shares = [min(1.0, clip / len(points) ** 0.5 / (norm + 1e-6)) for norm in norms]  # as torch does
+        found = [{name: share * v for name, v in g.items()} for share, g in zip(shares, found)]
     return [to_flat(o.update(from_flat(z), g, lr)) for o, z, g in zip(optimizers, points, found)]
 
 
@@ -130,34 +144,54 @@ def _ratio(schedule: Callable[[int], float], t: int, rescale: bool) -> float:
     return before / now if rescale and before > 0 and now > 0 else 1.0
 
 
+def _decay(schedule: Callable[[int], float], t: int, rescale: bool) -> float:
+    """What is owed has the learning rate inside; it changes with it unless it is kept in update units."""
+    return 1.0 if rescale else 1 / _ratio(schedule, t, True)
+
+
+def _mask(optimizer: SGD, chosen: Any) -> None:
+    """Clear the momentum where something was sent."""
+    momentum = to_flat(optimizer.buffer)
+    momentum[chosen] = 0
+    optimizer.buffer = from_flat(momentum)
+
+
 def detached(
-    ranks: int, steps: int, coefficient: float, compress: Map, schedule: Callable[[int], float],
-    make: Callable[[], SGD],
+    ranks: int, steps: int, coefficient: Optional[float], compress: Joint, schedule: Callable[[int], float],
+    make: Callable[[], SGD], rescale: bool = True, masking: bool = False, clip: Optional[float] = None,
 ) -> FlatRun:
-    """DEF with any compressor that each rank applies alone."""
+    """DEF; without a coefficient it is measured on what is exchanged, beginning with 0.3."""
+    measured, now = np.zeros(2), 0.3 if coefficient is None else coefficient
     x = to_flat(reference.initial())
     e, z = [np.zeros(TOTAL) for _ in range(ranks)], [x.copy() for _ in range(ranks)]
     optimizers = [make() for _ in range(ranks)]
     for t in range(steps):
-        p = [e[k] + u for k, u in enumerate(_updates(z, t, schedule(t), optimizers))]
-        c = [compress(p[k], t) for k in range(ranks)]
+        r = _decay(schedule, t, rescale)
+        p = [r * e[k] + u for k, u in enumerate(_updates(z, t, schedule(t), optimizers, clip))]
+        c = compress(p, t)
         x = x - reference.mean(c)
         e = [p[k] - c[k] for k in range(ranks)]
-        z = [x - coefficient * e[k] for k in range(ranks)]
+        z = [x - now * e[k] for k in range(ranks)]
+        for k in range(ranks if masking else 0):
+            _mask(optimizers[k], c[k] != 0)
+        if coefficient is None:
+            norms = np.array([np.sum(reference.mean(c) ** 2), np.mean([np.sum(v**2) for v in c])])
+            measured = 0.9 * measured + 0.1 * norms
+            now = min(1.0, measured[0] / measured[1])
     return FlatRun(x, e, z, np.zeros(TOTAL))
 
 
 def error_feedback(
-    ranks: int, steps: int, compress: Map, schedule: Callable[[int], float], make: Callable[[], SGD],
+    ranks: int, steps: int, compress: Joint, schedule: Callable[[int], float], make: Callable[[], SGD],
     rescale: bool = True,
 ) -> FlatRun:
-    """EF on gradients with any compressor that each rank applies alone."""
+    """EF on gradients."""
     x, optimizer = to_flat(reference.initial()), make()
     e = [np.zeros(TOTAL) for _ in range(ranks)]
     for t in range(steps):
         r = _ratio(schedule, t, rescale)
         p = [to_flat(g) + r * e[k] for k, g in enumerate(_gradients([x] * ranks, t))]
-        c = [compress(p[k], t) for k in range(ranks)]
+        c = compress(p, t)
         e = [p[k] - c[k] for k in range(ranks)]
         x = x - to_flat(optimizer.update(from_flat(x), from_flat(reference.mean(c)), schedule(t)))
     return FlatRun(x, e, [x] * ranks, np.zeros(TOTAL))
@@ -165,20 +199,26 @@ def error_feedback(
 
 def dist_ef(
     ranks: int, steps: int, up: Map, down: Map, schedule: Callable[[int], float], make: Callable[[], SGD],
+    rescale: bool = True, coefficients: Union[float, Array] = 0.0,
 ) -> FlatRun:
-    """dist-EF-blockSGDM in update units: errors of workers and server, weight decay inside the update."""
+    """dist-EF-blockSGDM in update units: errors of workers and server, weight decay inside the update.
+
+    Coordinates with a coefficient are DEF's if ``down`` is the identity on them.
+    """
     x, s = to_flat(reference.initial()), np.zeros(TOTAL)
-    e = [np.zeros(TOTAL) for _ in range(ranks)]
+    e, z = [np.zeros(TOTAL) for _ in range(ranks)], [x] * ranks
     optimizers = [make() for _ in range(ranks)]
     for t in range(steps):
-        p = [e[k] + u for k, u in enumerate(_updates([x] * ranks, t, schedule(t), optimizers))]
+        r = _decay(schedule, t, rescale)
+        p = [r * e[k] + u for k, u in enumerate(_updates(z, t, schedule(t), optimizers))]
         sent = [up(p[k], t) for k in range(ranks)]
         e = [p[k] - sent[k] for k in range(ranks)]
-        total = reference.mean(sent) + s
+        total = reference.mean(sent) + r * s
         answer = down(total, t)
         s = total - answer
         x = x - answer
-    return FlatRun(x, e, [x] * ranks, s)
+        z = [x - coefficients * e[k] for k in range(ranks)]
+    return FlatRun(x, e, z, s)
 
 
 def liec(
@@ -208,14 +248,21 @@ def liec(
 
 def global_sketch(
     ranks: int, steps: int, k: int, candidates: int, sketch: Callable[[int], tuple[Array, int]],
-    schedule: Callable[[int], float], make: Callable[[], SGD], masking: bool,
+    schedule: Callable[[int], float], make: Callable[[], SGD], masking: bool, rescale: bool = True,
 ) -> FlatRun:
-    """gs-SGD; ``sketch(step)`` gives the matrix that maps a vector to its table, and the table's rows."""
+    """gs-SGD; ``sketch(step)`` gives the matrix that maps a vector to its table, and the table's rows.
+
+    Coordinates that are in no row are averaged at once.
+    """
     x = to_flat(reference.initial())
     v, optimizers = [np.zeros(TOTAL) for _ in range(ranks)], [make() for _ in range(ranks)]
     for t in range(steps):
-        v = [v[r] + u for r, u in enumerate(_updates([x] * ranks, t, schedule(t), optimizers))]
+        decay = _decay(schedule, t, rescale)
+        v = [decay * v[r] + u for r, u in enumerate(_updates([x] * ranks, t, schedule(t), optimizers))]
         matrix, rows = sketch(t)
+        dense = ~matrix.any(axis=0)
+        x = x - np.where(dense, reference.mean(v), 0.0)
+        v = [np.where(dense, 0.0, v[r]) for r in range(ranks)]
         table = matrix @ reference.mean(v)
         # In each row a coordinate has one entry, its sign, where it is counted.
         per_row = matrix.reshape(rows, -1, TOTAL)
@@ -229,21 +276,21 @@ def global_sketch(
         for r in range(ranks):
             v[r] = v[r].copy()
             v[r][chosen] = 0
-            if masking and optimizers[r].buffer:
-                momentum = to_flat(optimizers[r].buffer)
-                momentum[chosen] = 0
-                optimizers[r].buffer = from_flat(momentum)
+            if masking:
+                _mask(optimizers[r], chosen)
     return FlatRun(x, v, [x] * ranks, np.zeros(TOTAL))
 
 
 def global_topk(
-    ranks: int, steps: int, density: float, schedule: Callable[[int], float], make: Callable[[], SGD]
+    ranks: int, steps: int, density: float, schedule: Callable[[int], float], make: Callable[[], SGD],
+    rescale: bool = True,
 ) -> FlatRun:
     """gTop-k; what a merge drops stays with the rank that merged."""
     x, keep = to_flat(reference.initial()), top(density)
     e, optimizers = [np.zeros(TOTAL) for _ in range(ranks)], [make() for _ in range(ranks)]
     for t in range(steps):
-        p = [e[r] + u for r, u in enumerate(_updates([x] * ranks, t, schedule(t), optimizers))]
+        decay = _decay(schedule, t, rescale)
+        p = [decay * e[r] + u for r, u in enumerate(_updates([x] * ranks, t, schedule(t), optimizers))]
         offers = [keep(p[r], t) for r in range(ranks)]
         e = [p[r] - offers[r] for r in range(ranks)]
         distance = 1

@@ -45,6 +45,8 @@ def test_codecs(uploading: Uploading, compressor: Compressor, dtype: torch.dtype
         codec.begin(step)
         codec.encode(flat, wire)
         codec.accumulate(wire, flat, -0.5)
+        if compressor.selects:
+            codec.clear(wire, flat)
         if isinstance(codec, SummableCodec):
             codec.write(wire, flat)
             codec.scatter(wire, torch.split(flat, list(LAYOUT.numels)))

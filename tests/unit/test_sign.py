@@ -224,6 +224,16 @@ def test_long_vectors(dtype: torch.dtype, size: Optional[int]) -> None:
     assert torch.equal(encoded(codec, flat), wire), "the same every time"
 
 
+@pytest.mark.parametrize("size", [None, 2_000_000, 1000])
+def test_scales_of_millions(size: Optional[int]) -> None:
+    """float32 sums of so many, one after the other, are off by a thousandth and more."""
+    v = torch.randn(4_000_000, generator=torch.Generator().manual_seed(0))
+    codec = BlockSign(size).codec(named([len(v)]), torch.float32, CPU)
+    exact = v.double().abs().view(-1, size or len(v)).mean(1)
+    scales = encoded(codec, v)[len(v) // 8 :].view(torch.float32)[: len(exact)]
+    np.testing.assert_allclose(scales.numpy(), exact.numpy(), rtol=2e-7)
+
+
 def test_threads_cut_at_whole_bytes(loops: str, monkeypatch: pytest.MonkeyPatch) -> None:
     numels = [5003, 1, 77, 12_000]
     flat = vector(sum(numels))

@@ -194,6 +194,9 @@ def test_a_bucket_is_one_long_tensor(
     values, places, _ = parts(wire, k, dtype)
     sent = torch.zeros(n, dtype=torch.bool)
     sent[(places[values != 0] if sampled else places).long()] = True
+    momentum = torch.full((n,), 0.5, dtype=dtype)
+    codec.clear(wire, momentum)
+    assert torch.equal(momentum == 0, sent), "cleared where something was sent, and nowhere else"
     codec.accumulate(wire, flat, -1.0)
     assert bool((flat[sent] == 0).all())
     assert same_bits(flat[~sent], before[~sent])

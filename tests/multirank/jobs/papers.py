@@ -17,12 +17,11 @@ RANKS = (2,)
 FULL_RANKS = (1, 3, 4)
 MPI_RANKS = (2,)
 BLOCK, RANDOM = RandomBlock(density=1 / 4, seed=5), RandomK(density=1 / 4, seed=7)
-WHOLE = (0, plain.TOTAL)
 
 
 def sign_image(block_size: Optional[int]) -> Callable[..., plain.Map]:
     """On the way up a block is a whole tensor's, on the way down (a prefix is given) it ends where a shard ends."""
-    return lambda cuts, prefix: plain.signs(plain.sign_blocks(block_size, cuts if prefix else WHOLE))
+    return lambda cuts, prefix: plain.signs(plain.sign_blocks(block_size, cuts if prefix else plain.WHOLE))
 
 
 # Compressor, and the map from a flat vector to what is decoded, given the cuts and a prefix for names.
@@ -39,16 +38,20 @@ if not FULL:  # every kind of exchange, once
     KINDS = {kind: KINDS[kind] for kind in ("block", "top", "signs")}
 
 
+def whole(image: Callable[..., plain.Map]) -> plain.Joint:
+    return plain.alone(image(plain.WHOLE, ""))
+
+
 def check_error_feedback() -> None:
     for compressor, image in KINDS.values():
         for rescale in (True, False):
-            expected = plain.error_feedback(hvd.size(), STEPS, image(WHOLE, ""), schedule, nesterov, rescale)
+            expected = plain.error_feedback(hvd.size(), STEPS, whole(image), schedule, nesterov, rescale)
             compare(EF(compressor, rescale_residual=rescale), expected, nesterov)
 
 
 def check_detached() -> None:
     for compressor, image in KINDS.values():
-        expected = plain.detached(hvd.size(), STEPS, 0.3, image(WHOLE, ""), schedule, nesterov)
+        expected = plain.detached(hvd.size(), STEPS, 0.3, whole(image), schedule, nesterov)
         compare(DEF(compressor, 0.3), expected, nesterov)
 
 

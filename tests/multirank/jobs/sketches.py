@@ -10,7 +10,7 @@ import numpy as np
 import reference
 import reference_flat as plain
 import torch
-from common import close, flat, network, raises, same_everywhere, train, wrap
+from common import close, flat, joined, loss_of, network, raises, same_everywhere, train, wrap
 from comparing import STEPS, compare, heavy_ball, keep_mass, schedule
 
 from hvd_compress import DEF, EF, CountSketch, GlobalSketch, GlobalTopK, LowRank
@@ -20,23 +20,26 @@ RANKS = (2,)
 FULL_RANKS = (1, 3, 4)
 MPI_RANKS = (2, 3, 4, 5)
 MPI = hvd.mpi_enabled
-LAYOUT = Layout(plain.ORDER, tuple(plain.SIZES[name] for name in plain.ORDER))
 SKETCH = CountSketch(columns=16, rows=3, seed=4)
 EXACT = CountSketch(density=1.0, rows=3)
 
 
-def matrix_of(sketch: CountSketch) -> Callable[[int], tuple[reference.Array, int]]:
-    """The sketch as a matrix, column by column from unit vectors."""
-    codec = sketch.codec(LAYOUT, torch.float64, torch.device("cpu"))
+def matrix_of(
+    sketch: CountSketch, names: tuple[str, ...] = plain.ORDER
+) -> Callable[[int], tuple[reference.Array, int]]:
+    """The sketch of these tensors as a matrix, column by column from unit vectors; zero columns for others."""
+    layout = Layout(names, tuple(plain.SIZES[name] for name in names))
+    codec = sketch.codec(layout, torch.float64, torch.device("cpu"))
+    sketched = np.concatenate([np.full(size, name in names) for name, size in plain.SIZES.items()])
 
     def at(step: int) -> tuple[reference.Array, int]:
         codec.begin(step)
-        columns = []
-        for unit in torch.eye(plain.TOTAL, dtype=torch.float64):
+        matrix = np.zeros((codec.numel, plain.TOTAL))
+        for place, unit in zip(np.flatnonzero(sketched), torch.eye(layout.total, dtype=torch.float64)):
             wire = torch.zeros(codec.numel, dtype=codec.dtype)
             codec.encode(unit, wire)
-            columns.append(wire.numpy().copy())
-        return np.stack(columns, axis=1), sketch.rows
+            matrix[:, place] = wire.numpy()
+        return matrix, sketch.rows
 
     return at
 
@@ -54,6 +57,18 @@ def check_global_sketch() -> None:
             compare(GlobalSketch(SKETCH, exchange, masking=masking, dense_vectors=False), expected, heavy_ball)
 
 
+def check_global_sketch_beside_dense_vectors() -> None:
+    """Also k by the size of the sketch, and a change of learning rate that changes what is owed."""
+    sketch = CountSketch(density=0.5, rows=3, seed=4)
+    names = tuple(name for name in plain.ORDER if len(reference.SHAPES[name]) > 1)
+    k = sketch.width(sum(plain.SIZES[name] for name in names)) // 2
+    for rescale in (True, False):
+        expected = plain.global_sketch(
+            hvd.size(), STEPS, k, 4, matrix_of(sketch, names), schedule, heavy_ball, True, rescale
+        )
+        compare(GlobalSketch(sketch, rescale_residual=rescale), expected, heavy_ball)
+
+
 def check_sketches_of_everything_are_data_parallel() -> None:
     for exchange in exchanges():
         model = network(torch.float64)
@@ -66,9 +81,35 @@ def check_sketches_of_everything_are_data_parallel() -> None:
 def check_global_topk() -> None:
     if not MPI() and hvd.size() > 1:
         return
-    for density in (0.1, 0.5, 1.0):
-        expected = plain.global_topk(hvd.size(), STEPS, density, schedule, heavy_ball)
-        compare(GlobalTopK(density), expected, heavy_ball)
+    for density, rescale in ((0.1, True), (0.1, False), (0.5, True), (1.0, True)):
+        expected = plain.global_topk(hvd.size(), STEPS, density, schedule, heavy_ball, rescale)
+        compare(GlobalTopK(density, rescale), expected, heavy_ball)
+
+
+def check_trees_within_a_process_set() -> None:
+    """Ranks that are not neighbours and whose numbers are not those of the set."""
+    if not MPI() or hvd.size() < 3:
+        return
+    some = hvd.add_process_set([0, 2])
+    sketch = GlobalSketch(SKETCH, "tree", dense_vectors=False)
+    by_sketch = plain.global_sketch(2, STEPS, 8, 4, matrix_of(SKETCH), schedule, heavy_ball, True)
+    by_merging = plain.global_topk(2, STEPS, 0.1, schedule, heavy_ball)
+    for algorithm, expected in ((sketch, by_sketch), (GlobalTopK(0.1), by_merging)):
+        model, config = network(torch.float64), heavy_ball()
+        sgd = torch.optim.SGD(
+            model.parameters(), lr=0.02, momentum=config.momentum, weight_decay=config.weight_decay
+        )
+        optimizer = wrap(model, sgd, algorithm, process_set=some)
+        for t in range(STEPS if some.included() else 0):
+            optimizer.param_groups[0]["lr"] = schedule(t)
+            optimizer.zero_grad()
+            loss_of(model, some.rank(), t).backward()
+            optimizer.step()
+        if some.included():
+            close(flat(model), joined(plain.from_flat(expected.x)), 1e-5, f"x with {algorithm}")
+        every = hvd.allgather(flat(model).reshape(1, -1), name="test.trees")
+        assert torch.equal(every[0], every[2])
+    hvd.remove_process_set(some)
 
 
 def check_mass() -> None:
