@@ -110,9 +110,9 @@ def check_other_servers() -> None:
     cuts = plain.borders(hvd.size())
     mixes = [(a, b) for a in SERVERS for b in SERVERS if a != b]
     for a, b in mixes if FULL else (("block", "top"), ("sign", "block")):
-        # Signs of what blocks or the largest leave are chaotic: the reference itself then moves by 1e-2 in 100
-        # steps when it begins 1e-15 away.
-        steps = 10 if b == "sign" and a != "identity" else STEPS
+        # Signs of what blocks or the largest leave are chaotic: at 4 ranks the reference itself moves by 3e-2 in
+        # 10 steps when it begins 1e-15 away; in 5 it does not.
+        steps = 5 if b == "sign" and a != "identity" else STEPS
         up, down = SERVERS[a][1](cuts, ""), SERVERS[b][1](cuts, "server/")
         expected = plain.dist_ef(hvd.size(), steps, up, down, schedule, nesterov)
         compare(DistEF(SERVERS[a][0], SERVERS[b][0]), expected, nesterov, steps=steps)
