@@ -197,7 +197,10 @@ class Reducer:
         self.build()
         self.on_settle()
         if self.local_steps_done == 0:
+            self._rewrites.look(self._updates())
+            before = self.link.sent
             self._rewrites.heed(self._updates(), first=self.step == 0, needs_all=self.algorithm.gathers)
+            self.recorder.aside(self.link.sent - before)
 
     def _updates(self) -> list[UpdateState]:
         return [state for state in self.states if isinstance(state, UpdateState)]

@@ -81,6 +81,10 @@ class Recorder:
         """What the link has sent since the last step was not for an exchange (consensus, flush)."""
         self.counted = sent
 
+    def aside(self, sent: float) -> None:
+        """So many bytes of this step were for no exchange."""
+        self.counted += sent
+
     def snapshot(self, sent: float, dense_bytes: float, residual_norm: float, coefficient: float) -> Stats:
         """The figures as a frozen record."""
         last, total = self.last, self.total
