@@ -8,7 +8,7 @@ from typing import Any, Iterator, Optional
 import torch
 from torch import Tensor
 
-from hvd_compress.algorithms.base import State, UpdateState
+from hvd_compress.algorithms.states import State, UpdateState
 from hvd_compress.compressors.base import pieces
 from hvd_compress.reducer import Reducer
 

@@ -7,7 +7,8 @@ from typing import Iterable, Sequence
 from torch.nn import Parameter
 
 from hvd_compress import sparse
-from hvd_compress.algorithms.base import Algorithm, State
+from hvd_compress.algorithms.base import Algorithm
+from hvd_compress.algorithms.states import State
 from hvd_compress.arguments import Groups, teams_of
 from hvd_compress.buckets import Entry, build
 from hvd_compress.collectives import is_elastic

@@ -7,9 +7,10 @@ from fnmatch import fnmatchcase
 from typing import Any, Mapping, Optional, Sequence, Union
 
 from hvd_compress import validation
-from hvd_compress.algorithms.base import Algorithm, State
+from hvd_compress.algorithms.base import Algorithm
 from hvd_compress.algorithms.dense import Dense
 from hvd_compress.algorithms.detached import dense_on_updates
+from hvd_compress.algorithms.states import State
 from hvd_compress.buckets import Bucket, Entry
 from hvd_compress.collectives import Link
 from hvd_compress.exchange import Context

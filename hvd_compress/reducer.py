@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from hvd_compress import amp, arguments, presence, sparse
-from hvd_compress.algorithms.base import Algorithm, GradientState, Rate, State, UpdateState
+from hvd_compress.algorithms.base import Algorithm
+from hvd_compress.algorithms.states import GradientState, Rate, State, UpdateState
 from hvd_compress.arguments import Groups
 from hvd_compress.buckets import Entry
 from hvd_compress.collectives import Average, Link, is_elastic

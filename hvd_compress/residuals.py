@@ -13,7 +13,7 @@ from typing import Any, Mapping, Optional, Sequence
 import torch
 from torch import Tensor
 
-from hvd_compress.algorithms.base import HELD_BACK, State, UpdateState
+from hvd_compress.algorithms.states import HELD_BACK, State, UpdateState
 from hvd_compress.buckets import Mirror
 from hvd_compress.reducer import Reducer
 

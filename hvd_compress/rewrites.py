@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from hvd_compress import presence
-from hvd_compress.algorithms.base import UpdateState
 from hvd_compress.algorithms.folding import TILE
+from hvd_compress.algorithms.states import UpdateState
 from hvd_compress.buckets import Mirror
 from hvd_compress.collectives import Link, Pending, Sum, is_elastic
 from hvd_compress.compressors.base import pieces

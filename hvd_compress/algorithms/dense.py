@@ -9,7 +9,8 @@ from typing import Optional, Sequence
 import torch
 from torch import Tensor
 
-from hvd_compress.algorithms.base import Algorithm, GradientState, Rate
+from hvd_compress.algorithms.base import Algorithm
+from hvd_compress.algorithms.states import GradientState, Rate
 from hvd_compress.buckets import Bucket, Mirror
 from hvd_compress.compressors import Cast, Compressor, Identity
 from hvd_compress.exchange import Context, Ring

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from hvd_compress import validation
-from hvd_compress.algorithms.base import Algorithm, UpdateState, require_combining
+from hvd_compress.algorithms.base import Algorithm, require_combining
 from hvd_compress.algorithms.folding import Coefficient, Folder, stand
 from hvd_compress.algorithms.momentum import FlatMomentum
+from hvd_compress.algorithms.states import UpdateState
 from hvd_compress.algorithms.updates import HeldUpdates
 from hvd_compress.buckets import Bucket, Mirror
 from hvd_compress.compressors import Combine, Compressor, Identity, Warmup

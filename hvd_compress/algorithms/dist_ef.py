@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from hvd_compress import validation
-from hvd_compress.algorithms.base import Algorithm, UpdateState, require_combining, require_constant
+from hvd_compress.algorithms.base import Algorithm, require_combining, require_constant
+from hvd_compress.algorithms.states import UpdateState
 from hvd_compress.algorithms.updates import HeldUpdates
 from hvd_compress.buckets import Bucket, Mirror
 from hvd_compress.compressors import BlockSign, Combine, Compressor

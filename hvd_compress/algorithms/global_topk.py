@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from hvd_compress import mpi, validation
-from hvd_compress.algorithms.base import Algorithm, UpdateState
+from hvd_compress.algorithms.base import Algorithm
+from hvd_compress.algorithms.states import UpdateState
 from hvd_compress.algorithms.updates import HeldUpdates
 from hvd_compress.buckets import Bucket
 from hvd_compress.collectives import Link

@@ -10,14 +10,8 @@ import torch
 from torch import Tensor
 
 from hvd_compress import validation
-from hvd_compress.algorithms.base import (
-    Algorithm,
-    GradientState,
-    Rate,
-    rate_of_debt,
-    require_combining,
-    require_constant,
-)
+from hvd_compress.algorithms.base import Algorithm, require_combining, require_constant
+from hvd_compress.algorithms.states import GradientState, Rate, rate_of_debt
 from hvd_compress.buckets import BUCKET_BYTES, PAYLOAD_BYTES, Bucket, Mirror
 from hvd_compress.collectives import Link
 from hvd_compress.compressors import BlockSign, Combine, Compressor

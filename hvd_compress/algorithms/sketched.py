@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from hvd_compress import mpi, validation
-from hvd_compress.algorithms.base import Algorithm, UpdateState, require_compressor
+from hvd_compress.algorithms.base import Algorithm, require_compressor
 from hvd_compress.algorithms.detached import dense_on_updates
 from hvd_compress.algorithms.momentum import FlatMomentum
+from hvd_compress.algorithms.states import UpdateState
 from hvd_compress.algorithms.updates import HeldUpdates
 from hvd_compress.buckets import Bucket, Entry
 from hvd_compress.collectives import Link

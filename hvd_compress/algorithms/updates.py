@@ -8,8 +8,8 @@ from typing import Any, Mapping, Optional
 import torch
 from torch import Tensor
 
-from hvd_compress.algorithms.base import UpdateState
 from hvd_compress.algorithms.folding import Coefficient, Folder, stand
+from hvd_compress.algorithms.states import UpdateState
 from hvd_compress.buckets import Bucket, Mirror
 from hvd_compress.compressors.base import pieces
 from hvd_compress.exchange import Context

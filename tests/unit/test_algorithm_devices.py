@@ -26,7 +26,7 @@ from hvd_compress import (
     TopK,
     Warmup,
 )
-from hvd_compress.algorithms.base import GradientState, Rate, UpdateState
+from hvd_compress.algorithms.states import GradientState, Rate, UpdateState
 from hvd_compress.buckets import Bucket
 from hvd_compress.collectives import Pending
 from hvd_compress.exchange import Context, Reduction, TwoWayExchange

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from hvd_compress import DEF, EF, Algorithm, Average, Cast, Compressor, Dense, Identity, RandomBlock, Sum
-from hvd_compress.algorithms.base import GradientState, Rate, UpdateState
 from hvd_compress.algorithms.folding import Folder, stand
+from hvd_compress.algorithms.states import GradientState, Rate, UpdateState
 from hvd_compress.buckets import Bucket, Entry
 from hvd_compress.collectives import Pending
 from hvd_compress.compressors import Layout

@@ -1,0 +1,245 @@
+"""The living part of an algorithm for one bucket: what it must be able to do while training goes on."""
+
+from __future__ import annotations
+
+import abc
+from typing import Any, Mapping, NamedTuple, Optional, Sequence, Union
+
+import torch
+from torch import Tensor
+
+from hvd_compress.buckets import Bucket, Mirror
+from hvd_compress.collectives import Link
+
+# Kinds of buffers that hold what this rank owes. "local" is its own point; others ("shared", "warm") are the same on
+# every rank.
+HELD_BACK = frozenset({"residual", "server"})
+
+
+class Rate(NamedTuple):
+    """What turns a gradient into an update at this step.
+
+    Attributes:
+        lr: learning rate of the bucket's parameter group.
+        scale_free: True if the wrapped optimizer's update does not grow with the gradient (Adam): then a
+            residual in gradient units needs no rescaling when ``lr`` changes.
+        loss_scale: what the gradients have been multiplied with (GradScaler), else 1.
+    """
+
+    lr: float
+    scale_free: bool = False
+    loss_scale: float = 1.0
+
+
+def rate_of_debt(rate: Rate, rescale: bool, before: Optional[float]) -> Optional[float]:
+    """The learning rate at which a debt in gradient units counts until the next step, whatever is set meanwhile.
+
+    Args:
+        rate: of the step that has been taken.
+        rescale: whether a change of rate leaves the debt as it is.
+        before: what this gave at the step before.
+
+    Returns:
+        None: the debt counts at whatever rate comes.
+    """
+    if not rescale or rate.scale_free:
+        return None
+    return rate.lr if rate.lr > 0 else before
+
+
+class BucketState(abc.ABC):
+    """The living part of an algorithm for one bucket.
+
+    Attributes:
+        replicated: whether the shared model is at hand on every rank, with the same bits.
+    """
+
+    bucket: Bucket
+    replicated: bool = True
+
+    @abc.abstractmethod
+    def buffers(self) -> dict[str, Mirror]:
+        """Vectors that must survive a checkpoint, by kind: "shared", "local", those of HELD_BACK, or others."""
+
+    def scalars(self) -> dict[str, Any]:
+        """Numbers that must survive a checkpoint."""
+        return {}
+
+    def load_scalars(self, saved: Mapping[str, Any]) -> None:  # noqa: B027
+        """Take back what ``scalars`` gave (of the bucket in which the first of these parameters was)."""
+
+    def conversion(self, saved: Mapping[str, Any]) -> float:
+        """What a residual that was saved beside the scalars ``saved`` is multiplied with to be held here."""
+        return 1.0
+
+    def take_back(self, index: int, begin: int, values: Tensor) -> None:
+        """Hold what this rank, as a server, has held of parameter ``index`` from its element ``begin`` on.
+
+        Shards have been cut anew: this is no longer (all) in its own one.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no server")
+
+    def residual(self) -> Optional[Tensor]:
+        """What this rank holds back (flat), or None; in the algorithm's own units."""
+        return None
+
+    def owed(self, lr: float) -> Optional[Tensor]:
+        """Flat vector whose mean over ranks is the update they still owe (new tensor), or None."""
+        return None
+
+    @abc.abstractmethod
+    def shared_point(self, link: Link) -> Optional[Tensor]:
+        """The model that ranks share, flat; None if it is what the parameters hold (collective)."""
+
+    @abc.abstractmethod
+    def restart(self, point: Tensor) -> None:
+        """The shared model is ``point`` (flat, the same on every rank), and nothing is held back any more."""
+
+    def advance(self) -> None:  # noqa: B027
+        """All buckets have started: answer what has arrived, where an exchange takes several rounds."""
+
+    def parameters_now(self) -> Tensor:
+        """The parameters as a new flat vector of ``state_dtype``."""
+        mirror = self.bucket.mirror(self.bucket.state_dtype)
+        torch._foreach_copy_(mirror.views, [p.data for p in self.bucket.parameters])
+        return mirror.flat
+
+    def put_parameters(self, flat: Tensor) -> None:
+        """Write a flat vector into the parameters."""
+        mirror = self.bucket.mirror(flat.dtype)
+        mirror.flat.copy_(flat)
+        torch._foreach_copy_([p.data for p in self.bucket.parameters], mirror.views)
+
+
+class GradientState(BucketState):
+    """Exchanges gradients: ``absorb`` and ``start`` may run during backward, ``finish`` in ``synchronize()``."""
+
+    def absorb(self, index: int, gradient: Tensor, rate: Rate) -> Optional[Tensor]:
+        """Take in the final gradient of the bucket's parameter ``index`` while it is still in the cache.
+
+        Returns:
+            None if this state waits for ``start``; else what becomes ``p.grad``, of undefined content until
+            ``finish``.
+        """
+        return None
+
+    @abc.abstractmethod
+    def abandon(self) -> None:
+        """The step will not be finished: what was absorbed counts for the next one, if for any."""
+
+    @abc.abstractmethod
+    def cancel(self) -> None:
+        """Wait for what ``start`` has launched, on all ranks, and make no use of it."""
+
+    @abc.abstractmethod
+    def start(self, step: int, gradients: Sequence[Optional[Tensor]], rate: Rate) -> None:
+        """Compensate, encode, launch; a gradient that is missing counts as zeros."""
+
+    @abc.abstractmethod
+    def finish(self) -> list[Tensor]:
+        """Wait; returns what ``p.grad`` shall be, for each parameter of the bucket."""
+
+    def shared_point(self, link: Link) -> Optional[Tensor]:
+        return None
+
+    def restart(self, point: Tensor) -> None:
+        self.put_parameters(point)
+        self.forgive()
+
+    def forgive(self) -> None:
+        """Forget what is held back (it has been applied by other means)."""
+
+
+class UpdateState(BucketState):
+    """Exchanges updates: the parameters hold this rank's own point, ``shared`` the common model.
+
+    Attributes:
+        underway: the wrapped optimizer has stepped since the last exchange (several local steps per exchange).
+    """
+
+    shared: Mirror
+    local: Mirror
+    underway: bool = False
+
+    def shared_point(self, link: Link) -> Optional[Tensor]:
+        return self.shared.flat
+
+    def restart(self, point: Tensor) -> None:
+        self.shared.flat.copy_(point)
+        self.underway = False
+        for kind, mirror in self.buffers().items():
+            if kind in HELD_BACK:
+                mirror.flat.zero_()
+        self.place()
+
+    @abc.abstractmethod
+    def anchor(self) -> None:
+        """Take the parameters as they are for the shared model."""
+
+    @abc.abstractmethod
+    def start(self, step: int, lr: float) -> None:
+        """The wrapped optimizer has stepped: compensate, encode, launch."""
+
+    @abc.abstractmethod
+    def finish(self) -> None:
+        """Wait, move the shared model, place the parameters for the next forward pass."""
+
+    @abc.abstractmethod
+    def place(self) -> None:
+        """Write this rank's own point, as it was last chosen, into the parameters."""
+
+    def heed(self, rewritten: Sequence[bool], alone: bool) -> None:
+        """Parameters were rewritten, with the same values on all ranks: there they are the shared model now.
+
+        Args:
+            rewritten: whether that is so, for each parameter of the bucket (an empty one never is).
+            alone: there is one rank only. Then it may as well have clipped its weights, so the shared
+                model moves by as much as the parameters, and what is held back stays in its place.
+        """
+        if not any(rewritten):
+            return
+        if alone:
+            written = self.local.flat.to(self.shared.flat.dtype, copy=True)
+            self.place()
+            self.shared.flat.add_(written - self.local.flat.to(written.dtype))
+            self.local.flat.copy_(written)
+        elif all(new or not p.numel() for new, p in zip(rewritten, self.bucket.parameters)):
+            self.anchor()
+        else:
+            # One coefficient says where a bucket stands: what was rewritten goes to the rank's own point about the
+            # new model, where nothing counts as an update, and the others keep what their rank has changed.
+            before = self.bucket.mirror(self.bucket.dtype, self.local.flat.clone())
+            taken, kept = ([i for i, new in enumerate(rewritten) if new is wanted] for wanted in (True, False))
+            torch._foreach_copy_([self.shared.views[i] for i in taken], [self.local.views[i] for i in taken])
+            self.place()
+            torch._foreach_copy_([self.local.views[i] for i in kept], [before.views[i] for i in kept])
+
+    @abc.abstractmethod
+    def stood(self, saved: Mapping[str, Mapping[str, Any]]) -> Tensor:
+        """This rank's own point (flat, new) by the restored buffers and the saved scalars of each parameter."""
+
+    def resume(self, parameters: Tensor, known: bool, saved: Mapping[str, Mapping[str, Any]]) -> None:
+        """The buffers have been restored; decide where the model stands.
+
+        Args:
+            parameters: the flat parameters as the user left them.
+            known: whether ``shared`` was restored too. Parameters that are neither the restored shared
+                model nor this rank's own point are a model of the user's choice, and become the shared one.
+            saved: the saved scalars by name; buckets may have been cut otherwise, and stand elsewhere now.
+        """
+        if known:
+            stood = self.stood(saved)
+            own = self.local.flat.clone() if self.underway else stood
+            self.place()
+            if self.underway:
+                same = torch.equal(self.local.flat, stood)
+                self.local.flat.copy_(own if same else self.local.flat + (own - stood))
+            # Another build or device may round the last bit of a rank's own point differently.
+            slack = 8 * torch.finfo(parameters.dtype).eps * self.shared.flat.abs().max()
+            if any(bool((parameters - point).abs().max() <= slack) for point in (own, self.shared.flat)):
+                return
+            self.local.flat.copy_(parameters)
+        self.anchor()
+
+
+State = Union[GradientState, UpdateState]
