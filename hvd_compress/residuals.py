@@ -46,9 +46,11 @@ def scalars_of(state: State, saved: Mapping[str, Any]) -> Optional[Mapping[str, 
 
 
 def may_restore_residual(saved: Mapping[str, Any], owner: str, rank: int, size: int) -> bool:
-    """Whether the saved residual is this rank's own; warns with the remedy if not."""
+    """Whether the saved residual is this rank's own; warns with the remedy if not, and there is one."""
     if saved["owner"] == owner or (saved["rank"], saved["size"]) == (rank, size):
         return True
+    if not any(bool(v.any()) for kind in HELD_BACK for v in saved["buffers"].get(kind, {}).values()):
+        return False
     warnings.warn(
         f"hvd_compress: the optimizer state holds the residual of rank {saved['rank']} of {saved['size']}, and this "
         f"is rank {rank} of {size}; it is not loaded, and what that rank held back is lost. Save each rank's own "

@@ -316,7 +316,7 @@ def check_first_step_counts_its_exchange_only() -> None:
         optimizer = wrap(model, sgd(model), compression)
         sent: list[float] = []
         train(model, optimizer, 3, lambda t: 0.1, after_step=lambda t: sent.append(optimizer.stats().bytes_sent))  # noqa: B023
-        assert sent[0] == sent[1] == sent[2], f"{sent} with {compression}"
+        assert max(sent) - min(sent) < 1e-6, f"{sent} with {compression}"
         assert optimizer.stats().total_bytes_sent > sum(sent), "the total has the handshake as well"
 
 

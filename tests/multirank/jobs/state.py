@@ -116,6 +116,21 @@ def check_another_ranks_residual_is_refused() -> None:
         assert torch.equal(flat(again), saved(optimizer, "shared"))
 
 
+def check_where_nothing_is_held_back_nothing_is_said_to_be_lost() -> None:
+    for compression in (Dense(), EF(BLOCK), DEF(BLOCK)):
+        model, optimizer = make(compression)
+        train(model, optimizer, 3, rate)
+        optimizer.flush()
+        state = hvd.broadcast_object(optimizer.state_dict(), root_rank=0)
+        weights = hvd.broadcast_object(model.state_dict(), root_rank=0)
+        again, resumed = make(compression)
+        again.load_state_dict(weights)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            resumed.load_state_dict(state)
+            train(again, resumed, 1, rate, first=3)
+
+
 def check_wrong_shapes_are_refused() -> None:
     model, optimizer = make(DEF(BLOCK))
     train(model, optimizer, 1, rate)
