@@ -64,7 +64,7 @@ class Reducer:
         self._stepping = False  # a closure's backward passes run inside the step
         self._built = False
         self._delay: dict[Parameter, int] = {}
-        self._rewrites = Rewrites(link)
+        self._rewrites = Rewrites(link, self.recorder)
         self._roll = presence.RollCall(link)
         self._calls_roll = algorithm.gathers and not algorithm.exchanges_updates
         self._ready: list[int] = []
@@ -198,10 +198,7 @@ class Reducer:
         self.build()
         self.on_settle()
         if self.local_steps_done == 0:
-            self._rewrites.look(self._updates())
-            before = self.link.sent
             self._rewrites.heed(self._updates(), first=self.step == 0, needs_all=self.algorithm.gathers)
-            self.recorder.aside(self.link.sent - before)
 
     def _updates(self) -> list[UpdateState]:
         return [state for state in self.states if isinstance(state, UpdateState)]

@@ -21,6 +21,7 @@ from hvd_compress.algorithms.states import UpdateState
 from hvd_compress.buckets import Mirror
 from hvd_compress.collectives import Link, Pending, Sum, is_elastic
 from hvd_compress.compressors.base import pieces
+from hvd_compress.telemetry import Recorder
 
 SAMPLES = 16  # per parameter, evenly spread: of a small one, every element
 # A digest of 63 bits as three words: the ranks' sum of a word, squared, is the number of ranks times the sum of
@@ -31,8 +32,8 @@ WORDS, BITS = 3, 21
 class Rewrites:
     """Lets parameters that were written between steps become the shared model of the states that have one."""
 
-    def __init__(self, link: Link) -> None:
-        self._link, self._watch = link, RewriteWatch(link)
+    def __init__(self, link: Link, recorder: Recorder) -> None:
+        self._link, self._recorder, self._watch = link, recorder, RewriteWatch(link)
 
     def look(self, states: Sequence[UpdateState]) -> None:
         """Start to compare the parameters with where they were put (collective), unless that has been started."""
@@ -49,7 +50,9 @@ class Rewrites:
             needs_all: raise if a rank has joined (``hvd.join()``): what follows is more than allreduces.
         """
         self.look(states)
+        before = self._link.sent
         rewritten = self._watch.rewritten([state.local for state in states], first=first)
+        self._recorder.aside(self._link.sent - before)
         if needs_all and not self._watch.complete:
             raise presence.absent(self._link)
         if rewritten is not None:
