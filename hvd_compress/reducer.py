@@ -171,8 +171,7 @@ class Reducer:
     # -- buckets ---------------------------------------------------------------------------------------
 
     def build(self) -> None:
-        """Cut buckets for parameters that have none and allocate the algorithm's buffers."""
-        self.track()
+        """Cut buckets for tracked parameters that have none and allocate the algorithm's buffers."""
         if self._built or not self.link.member:
             return
         new = self._partition.extend(

@@ -190,6 +190,7 @@ class Keeper:
             return
         reducer.step, reducer.local_steps_done = saved["step"], saved["local_steps_done"]
         if reducer.algorithm.exchanges_updates or reducer.algorithm.local_models:
+            reducer.track()
             reducer.build()  # needs no other rank here, and the next forward pass starts from the right point
         if reducer.states:
             self._restore(reducer.states, saved)

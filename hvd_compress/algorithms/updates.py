@@ -19,7 +19,7 @@ class HeldUpdates(UpdateState):
     """x and e flat in float32 (or float64), the parameters themselves flat views holding z = x - placed * e.
 
     With op=Sum the gradients have been multiplied by the number of ranks before the wrapped optimizer stepped (see
-    ``Reducer``): what is exchanged here is always averaged.
+    ``local_gradients``): what is exchanged here is always averaged.
 
     Args:
         rescale: keep what is held back in update units; else a change of learning rate changes it in proportion.
@@ -57,9 +57,7 @@ class HeldUpdates(UpdateState):
     def owed(self, lr: float) -> Optional[Tensor]:
         owed = self.held.flat.clone()
         if self.underway:
-            stood = torch.empty_like(self.local.flat)
-            stand(self.shared.flat, self.held.flat, self.placed, stood)
-            owed.add_(stood.to(owed.dtype).sub_(self.local.flat))
+            owed.add_(self.stood({}).to(owed.dtype).sub_(self.local.flat))
         return owed
 
     def anchor(self) -> None:

@@ -99,6 +99,34 @@ def through_a_file(value: Any) -> Any:
     return torch.load(buffer, weights_only=False)
 
 
+def resumes_exactly(
+    make: Callable[[int], tuple[Any, Any]], steps: int, more: int, schedule: Callable[[int], float], what: str
+) -> None:
+    """Saved after ``steps`` steps, at this rank's own point or at x, a run goes on as if never interrupted.
+
+    Args:
+        make: gives a model and its optimizer, from a seed for the parameters.
+    """
+    for at_consensus in (True, False):
+        model, optimizer = make(0)
+        train(model, optimizer, steps, schedule)
+        if at_consensus:
+            with optimizer.consensus():
+                weights = through_a_file(model.state_dict())
+        else:
+            weights = through_a_file(model.state_dict())
+        state = through_a_file(optimizer.state_dict())
+        train(model, optimizer, more, schedule, first=steps)
+        again, resumed = make(1)
+        again.load_state_dict(weights)
+        resumed.load_state_dict(state)
+        train(again, resumed, more, schedule, first=steps)
+        assert torch.equal(flat(again), flat(model)), f"{what}, at_consensus={at_consensus}"
+        assert torch.equal(held(resumed), held(optimizer)), f"{what}, at_consensus={at_consensus}"
+        with resumed.consensus():
+            same_everywhere(flat(again), f"x after resuming, {what}, at_consensus={at_consensus}")
+
+
 def raises(kind: type[BaseException], *fragments: str, call: Callable[[], Any]) -> None:
     """Fail unless ``call`` raises ``kind`` with every fragment in its message."""
     with pytest.raises(kind) as caught:

@@ -7,7 +7,7 @@ from typing import Any
 import harness
 import horovod.torch as hvd
 import torch
-from common import close, flat, held, network, same_everywhere, through_a_file, train, wrap
+from common import close, flat, network, resumes_exactly, same_everywhere, through_a_file, train, wrap
 from everything import BLOCK, FULL
 
 from hvd_compress import (
@@ -51,37 +51,19 @@ def virtual(model: Any, optimizer: Any) -> torch.Tensor:
         return flat(model)
 
 
-def resumes_exactly(compression: Any, steps: int, what: str) -> None:
-    """Saved after `steps` steps, at this rank's own point or at x, a run goes on as if never interrupted."""
-    for at_consensus in (False, True):
-        model, optimizer = make(compression, dtype=torch.float32)
-        train(model, optimizer, steps, rate)
-        if at_consensus:
-            with optimizer.consensus():
-                weights = through_a_file(model.state_dict())
-        else:
-            weights = through_a_file(model.state_dict())
-        state = through_a_file(optimizer.state_dict())
-        train(model, optimizer, 7, rate, first=steps)
-        again, resumed = make(compression, seed=1, dtype=torch.float32)
-        again.load_state_dict(weights)
-        resumed.load_state_dict(state)
-        train(again, resumed, 7, rate, first=steps)
-        assert torch.equal(flat(again), flat(model)), f"{what}, at_consensus={at_consensus}"
-        assert torch.equal(held(resumed), held(optimizer)), f"{what}, at_consensus={at_consensus}"
-        with resumed.consensus():
-            same_everywhere(flat(again), f"x after resuming, {what}")
+def goes_on(compression: Any, steps: int, what: str) -> None:
+    resumes_exactly(lambda seed: make(compression, seed, torch.float32), steps, 7, rate, what)
 
 
 def check_policies_resume_exactly() -> None:
     for compression in POLICIES:
-        resumes_exactly(compression, 6, str(compression))
+        goes_on(compression, 6, str(compression))
 
 
 def check_local_steps_resume_exactly() -> None:
     for compression in (DEF(BLOCK, 0.3, local_steps=3), DEF(TopK(0.25), 1.0, local_steps=3)):
         for steps in (6, 7, 8):
-            resumes_exactly(compression, steps, f"{compression} after {steps} steps")
+            goes_on(compression, steps, f"{compression} after {steps} steps")
 
 
 def check_local_steps_count_for_the_virtual_point() -> None:

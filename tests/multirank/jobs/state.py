@@ -11,7 +11,20 @@ import everything
 import harness
 import horovod.torch as hvd
 import torch
-from common import close, flat, held, loss_of, network, raises, same_everywhere, saved, through_a_file, train, wrap
+from common import (
+    close,
+    flat,
+    held,
+    loss_of,
+    network,
+    raises,
+    resumes_exactly,
+    same_everywhere,
+    saved,
+    through_a_file,
+    train,
+    wrap,
+)
 from everything import BLOCK
 from horovod.torch.elastic import TorchState
 
@@ -34,28 +47,8 @@ def rate(t: int) -> float:
 
 
 def check_resume_is_bit_exact() -> None:
-    """Saved at x (consensus) or at z, model loaded first: the run goes on as if never interrupted."""
     for compression in LOSSY:
-        for at_consensus in (True, False):
-            model, optimizer = make(compression)
-            train(model, optimizer, 10, rate)
-            if at_consensus:
-                with optimizer.consensus():
-                    weights = through_a_file(model.state_dict())
-            else:
-                weights = through_a_file(model.state_dict())
-            state = through_a_file(optimizer.state_dict())
-            train(model, optimizer, 10, rate, first=10)
-
-            again, resumed = make(compression, seed=1)
-            again.load_state_dict(weights)
-            resumed.load_state_dict(state)
-            train(again, resumed, 10, rate, first=10)
-            what = f"{compression}, at_consensus={at_consensus}"
-            assert torch.equal(flat(again), flat(model)), what
-            assert torch.equal(held(resumed), held(optimizer)), what
-            with resumed.consensus():
-                same_everywhere(flat(again), f"x after resuming, {what}")
+        resumes_exactly(lambda seed, c=compression: make(c, seed=seed), 10, 10, rate, str(compression))
 
 
 def check_load_into_a_running_optimizer() -> None:
