@@ -13,6 +13,7 @@ from benchmarks.models import Shape, numel
 
 LOCAL = "local"  # the unwrapped optimizer: what every method's overhead is measured against
 METHODS = ("horovod", "horovod-fp16", "dense", "ef", "def")
+COMPRESSED = ("ef", "def")
 DENSITY = 1 / 64
 _LEARNING_RATE = 1e-4
 

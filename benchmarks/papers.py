@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import os
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -109,6 +110,13 @@ def summarise(name: str, lr: float, tuning: dict[float, float], records: list[di
     }
 
 
+def beside_others(summaries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """These and the results of methods that were not run now, in the table's order."""
+    old = json.loads(RESULTS.read_text())["records"] if RESULTS.exists() else []
+    by_case = {s["case"]: s for s in [*old, *summaries]}
+    return [by_case[name] for name in CASES if name in by_case]
+
+
 def markdown(summaries: list[dict[str, Any]]) -> str:
     rows = [
         [
@@ -152,7 +160,8 @@ def plot(summaries: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES), metavar="CASE")
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES), metavar="CASE",
+                        help="of the table's methods; rows of others stay as they are")
     parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=1500)
@@ -175,8 +184,9 @@ def main() -> int:
     ]
     print("\n" + markdown(summaries))
     if not args.no_docs:
-        line = " ".join(["python benchmarks/papers.py", *sys.argv[1:]])
-        report.write_json({"command": line, "records": summaries}, RESULTS)
+        line = shlex.join(["python", "benchmarks/papers.py", *sys.argv[1:]])
+        summaries = beside_others([{**s, "command": line} for s in summaries])
+        report.write_json({"records": summaries}, RESULTS)
         plot(summaries, FIGURE)
         if not PAGE.exists():
             PAGE.write_text(f"# The papers' methods compared\n\n`make papers`\n\n{BEGIN}\n{END}\n", encoding="utf-8")

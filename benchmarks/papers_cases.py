@@ -53,6 +53,8 @@ ONE_BIT, TWO_WAY, SKETCHES, BLOCKS = "dist-EF-blockSGDM", "LIEC-SGD", "gs-SGD", 
 CASES: dict[str, Case] = {
     "full precision, Nesterov": Case(ONE_BIT, Dense, 0.9, True, FAST),
     "dist-EF-blockSGDM": Case(ONE_BIT, DistEF, 0.9, True, FAST),
+    # Three quarters of this network are one tensor; the paper's own have many, each with a scale.
+    "dist-EF-blockSGDM, blocks of 256": Case(ONE_BIT, lambda: DistEF(BlockSign(256)), 0.9, True, FAST),
     "full precision, SGD": Case(TWO_WAY, Dense, 0.0, False, PLAIN),
     "LIEC, 1 bit": Case(TWO_WAY, lambda: LIEC(BlockSign(), averaging_period=PERIOD), 0.0, False, PLAIN),
     "DoubleSqueeze, 1 bit": Case(TWO_WAY, lambda: DistEF(BlockSign()), 0.0, False, PLAIN),

@@ -62,6 +62,7 @@ def _method(ranks: list[dict[str, Any]], method: str, seconds: list[float], base
     link = 8e3 * expected / (rate * 1e6) if rate else 0.0
     overhead = 1e3 * (median(seconds) - base)
     return {
+        "measurements": len(seconds),
         "step_ms": 1e3 * median(seconds),
         "step_quartiles_ms": _quartiles(seconds),
         "overhead_ms": overhead,

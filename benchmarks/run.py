@@ -30,7 +30,9 @@ from benchmarks.report import met, plot, summarise, table
 ROOT = Path(__file__).resolve().parents[1]
 _RANK_SCRIPT = ROOT / "benchmarks" / "step_time.py"
 _METHODS = ("horovod", "horovod-fp16", "dense", "ef", "def")
-_SLOW = 300.0  # Mbit/s; below, one dense step takes seconds and fewer repeats must do
+# Mbit/s; below, one dense step takes seconds: half the repeats must do, and each measures the short steps thrice,
+# whose medians would else be the noisiest figures of all.
+_SLOW, _COMPRESSED_TIMES = 300.0, 3
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -40,7 +42,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--hosts", type=int, default=4, help="2..8 (default %(default)s)")
     parser.add_argument("--rates", nargs="+", type=parse_rate, metavar="MBIT", help='Mbit/s or "unlimited"')
     parser.add_argument("--methods", nargs="+", choices=_METHODS, help="default: all, fp16 not with --quick")
-    parser.add_argument("--repeats", type=int, help="timed steps of each method (a third on slow links)")
+    parser.add_argument("--repeats", type=int, help="timed steps of each method (half on slow links)")
     parser.add_argument("--warmup", type=int, default=2, help="untimed steps first (default %(default)s)")
     parser.add_argument("--budget", type=float, help="seconds of one rate after which no repeat beyond 3 is begun")
     parser.add_argument("--timeout", type=float, default=1800.0, help="seconds for one rate (default %(default)s)")
@@ -60,9 +62,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def measure(cluster: Cluster, rate: float | None, args: argparse.Namespace) -> dict[str, Any]:
     """Run the ranks at one link rate and return the figures."""
-    repeats = max(3, args.repeats // 3) if rate is not None and rate < _SLOW else args.repeats
+    slow = rate is not None and rate < _SLOW
+    repeats = max(3, args.repeats // 2) if slow else args.repeats
     cluster.set_rate(rate)
     command = [str(_RANK_SCRIPT), "--repeats", str(repeats), "--warmup", str(args.warmup),
+               "--compressed-times", str(_COMPRESSED_TIMES if slow else 1),
                "--budget", str(args.budget), "--methods", *args.methods]
     run = launch(cluster, [*command, "--profile"] if args.profile else command, timeout=args.timeout)
     if args.profile:

@@ -23,6 +23,7 @@ import horovod.torch as hvd
 import torch
 
 from benchmarks.cases import (
+    COMPRESSED,
     LOCAL,
     METHODS,
     Case,
@@ -121,6 +122,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--compressed-times", type=int, default=1, help="measurements of ef and def in each repeat")
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--budget", type=float, default=1e9, help="seconds after which no repeat is begun")
     parser.add_argument("--profile", action="store_true", help="rank 0 prints a profile per method (distorts)")
@@ -137,10 +139,11 @@ def main() -> None:
     for repeat in range(-args.warmup, args.repeats):
         if repeat >= min(args.repeats, _LEAST_REPEATS) and out_of_time(start, args.budget):
             break
-        for case in cases:  # the local step before each method: same neighbours, same moment
-            timed_step(local, records[LOCAL] if repeat >= 0 else None)
-            kept = repeat >= 0
-            timed_step(case, records[case.method] if kept else None, profiles.get(case.method) if kept else None)
+        kept = repeat >= 0
+        for case in cases:
+            for _ in range(args.compressed_times if case.method in COMPRESSED else 1):
+                timed_step(local, records[LOCAL] if kept else None)  # before each method: same moment, same neighbours
+                timed_step(case, records[case.method] if kept else None, profiles.get(case.method) if kept else None)
     result = {
         "rank": hvd.rank(),
         "records": {method: dataclasses.asdict(record) for method, record in records.items()},
