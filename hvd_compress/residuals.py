@@ -71,6 +71,7 @@ def restore(states: Sequence[State], saved: Mapping[str, Any], own: bool) -> lis
         names, scalars = state.bucket.layout.names, saved["scalars"]
         if (common := scalars_of(state, scalars)) is not None:
             state.load_scalars(common)
+        state.expect(saved["buffers"])
         for kind, mirror in state.buffers().items():
             stored: Mapping[str, Tensor] = saved["buffers"].get(kind, {})
             for index, (name, view) in enumerate(zip(names, mirror.views)):

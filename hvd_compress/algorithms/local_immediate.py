@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Mapping, Optional, Sequence
+from typing import Any, ClassVar, Container, Mapping, Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -82,7 +82,7 @@ class _LIECState(GradientState):
         bucket.adopt(self._local)
         self._direction = bucket.mirror(bucket.state_dtype)
         self._out = self._direction if bucket.dtype == bucket.state_dtype else bucket.mirror(bucket.dtype)
-        self._carried: Optional[Tensor] = None  # a former owner's error, after the number of ranks has changed
+        self._carried: Optional[Mirror] = None  # a former owner's error, after shards have been cut anew
         self._mean: Optional[_Mean] = None
         self._averaging = False
         self._lr, self._loss_scale = 0.0, 1.0
@@ -90,23 +90,31 @@ class _LIECState(GradientState):
 
     def buffers(self) -> dict[str, Mirror]:
         self.bucket.reclaim(self._local)
-        return {"server": self._exchange.mirror(), "local": self._local}
+        carried = {"carried": self._carried} if self._carried is not None else {}
+        return {**carried, "server": self._exchange.mirror(), "local": self._local}
+
+    def expect(self, kinds: Container[str]) -> None:
+        self._carried = self.bucket.mirror(self.bucket.state_dtype) if "carried" in kinds else None
 
     def scalars(self) -> dict[str, Any]:
         return {"lr": self._lr, "owed_at": self._owed_at}
 
     def load_scalars(self, saved: Mapping[str, Any]) -> None:
-        self._lr, self._owed_at, self._carried = float(saved["lr"]), saved["owed_at"], None
+        self._lr, self._owed_at = float(saved["lr"]), saved["owed_at"]
 
     def conversion(self, saved: Mapping[str, Any]) -> float:
         there, here = saved["owed_at"], self._owed_at
         return 1.0 if there is None or here is None else float(there / here)
 
     def take_back(self, index: int, begin: int, values: Tensor) -> None:
-        if self._carried is None:
-            self._carried = torch.zeros_like(self._direction.flat)
-        part = self.bucket.part(self._carried, index)
+        part = self.bucket.part(self._carry().flat, index)
         part[begin : begin + values.numel()].add_(values, alpha=self._context.link.size)
+
+    def _carry(self) -> Mirror:
+        """What joins the next gradient."""
+        if self._carried is None:
+            self._carried = self.bucket.mirror(self.bucket.state_dtype)
+        return self._carried
 
     def residual(self) -> Optional[Tensor]:
         return self._exchange.error
@@ -124,13 +132,13 @@ class _LIECState(GradientState):
     def _follow(self, rate: Rate) -> None:
         """Keep what the server owes in update units: eta_{t-1} / eta_t times as much gradient."""
         if (owed := self._exchange.resettle()) is not None:
-            self._carried = owed if self._carried is None else self._carried.add_(owed)
+            self._carry().flat.add_(owed)
         if self._config.rescale_residual and not rate.scale_free and self._lr > 0 and rate.lr > 0:
             ratio = self._lr / rate.lr
             if ratio != 1.0:
                 self._exchange.error.mul_(ratio)
                 if self._carried is not None:
-                    self._carried.mul_(ratio)
+                    self._carried.flat.mul_(ratio)
         self._lr, self._loss_scale = rate.lr, rate.loss_scale
         self._owed_at = rate_of_debt(rate, self._config.rescale_residual, self._owed_at)
 
@@ -149,7 +157,7 @@ class _LIECState(GradientState):
         if rate.loss_scale != 1.0:
             g.mul_(1.0 / rate.loss_scale)
         if self._carried is not None:
-            g.add_(self._carried)
+            g.add_(self._carried.flat)
         if (step + 1) % self._config.averaging_period == 0:
             self._launch_averaging()
         else:
@@ -211,7 +219,7 @@ class _LIECState(GradientState):
     def owed(self, lr: float) -> Optional[Tensor]:
         owed = self._exchange.owed()
         if self._carried is not None:
-            owed.add_(self._carried)
+            owed.add_(self._carried.flat)
         rate = lr if self._owed_at is None else self._owed_at
         return owed.mul_(rate * (1 if self._context.averages else self._context.link.size))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from typing import Any, Mapping, NamedTuple, Optional, Sequence, Union
+from typing import Any, Container, Mapping, NamedTuple, Optional, Sequence, Union
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from hvd_compress.collectives import Link
 
 # Kinds of buffers that hold what this rank owes. "local" is its own point; others ("shared", "warm") are the same on
 # every rank.
-HELD_BACK = frozenset({"residual", "server"})
+HELD_BACK = frozenset({"residual", "server", "carried"})
 
 
 class Rate(NamedTuple):
@@ -60,6 +60,9 @@ class BucketState(abc.ABC):
     @abc.abstractmethod
     def buffers(self) -> dict[str, Mirror]:
         """Vectors that must survive a checkpoint, by kind: "shared", "local", those of HELD_BACK, or others."""
+
+    def expect(self, kinds: Container[str]) -> None:  # noqa: B027
+        """Buffers of these kinds are about to be restored: ``buffers`` must have those that it has not always."""
 
     def scalars(self) -> dict[str, Any]:
         """Numbers that must survive a checkpoint."""

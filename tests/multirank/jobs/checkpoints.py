@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import harness
@@ -96,30 +97,45 @@ def check_a_rate_set_between_steps_changes_no_debt() -> None:
             close(flat(model), wanted, 1e-13, f"parameters after flush() at rate {lr} with {compression}")
 
 
-def grown(compression: Any) -> tuple[Any, Any]:
-    """The second layer joins after five steps, when the rate falls: buckets of their own."""
+def grown(compression: Any, frozen: bool) -> tuple[Any, Any]:
+    """The second layer joins after five steps, when the rate falls: buckets of their own.
+
+    Args:
+        frozen: it has been there, frozen; else it comes as a parameter group.
+    """
     model = network(torch.float64)
-    sgd = torch.optim.SGD(model[0].parameters(), lr=0.05, momentum=0.9)
+    later = list(model[2].parameters())
+    sgd = torch.optim.SGD((model if frozen else model[0]).parameters(), lr=0.05, momentum=0.9)
+    for p in later:
+        p.requires_grad_(not frozen)
     optimizer = wrap(model, sgd, compression)
     train(model, optimizer, 5, rate)
-    optimizer.add_param_group({"params": list(model[2].parameters())})
+    if frozen:
+        for p in later:
+            p.requires_grad_()
+    else:
+        optimizer.add_param_group({"params": later})
     train(model, optimizer, 6, rate, first=5)
     return model, optimizer
 
 
 def check_buckets_that_are_cut_otherwise() -> None:
     """Loaded where both layers are there from the start: nothing owed is lost, and random blocks go on alike."""
-    for compression in (
+    compressions: tuple[Any, ...] = (
         DEF(BLOCK), DEF(BLOCK, "auto"), EF(BLOCK), EF(TopK(0.25)), DistEF(), DistEF(BLOCK), LIEC(BLOCK, 100), LIEC(),
-    ):
-        model, optimizer = grown(compression)
+    )
+    for compression, frozen in itertools.product(compressions, (False, True)):
+        model, optimizer = grown(compression, frozen)
         wanted = virtual(model, optimizer)
-        again = network(torch.float64, 1)
-        groups = [{"params": list(again[i].parameters())} for i in (0, 2)]
-        resumed = wrap(again, torch.optim.SGD(groups, lr=0.05, momentum=0.9), compression)
-        again.load_state_dict(through_a_file(model.state_dict()))
-        resumed.load_state_dict(through_a_file(optimizer.state_dict()))
-        close(virtual(again, resumed), wanted, 1e-12, f"y after loading, {compression}")
+        saved: tuple[Any, Any] = (model, optimizer)
+        for times in ("once", "twice, with no step between"):
+            again = network(torch.float64, 1)
+            groups = [{"params": list(part.parameters())} for part in ((again,) if frozen else (again[0], again[2]))]
+            resumed = wrap(again, torch.optim.SGD(groups, lr=0.05, momentum=0.9), compression)
+            again.load_state_dict(through_a_file(saved[0].state_dict()))
+            resumed.load_state_dict(through_a_file(saved[1].state_dict()))
+            close(virtual(again, resumed), wanted, 1e-12, f"y after loading {times}, {compression}")
+            saved = (again, resumed)
         train(again, resumed, 4, rate, first=11)
         with resumed.consensus():
             same_everywhere(flat(again), f"x after resuming, {compression}")
