@@ -254,7 +254,9 @@ class Reducer:
             for index in order:
                 self._deliver(cast(GradientState, self.states[index]))
             for parameter, wait in zip(self._partition.sparse, waits):
-                parameter.grad = wait()
+                result = wait()
+                if parameter.grad is not None or self._counts_passes:
+                    parameter.grad = result
         finally:
             # Also after a failed collective: an elastic job goes on from here.
             self._reset()
@@ -264,7 +266,7 @@ class Reducer:
 
     def _deliver(self, state: GradientState) -> None:
         for parameter, result in zip(state.bucket.parameters, state.finish()):
-            if parameter.grad is None and not self._counts_passes:
+            if parameter.grad is None and not self._counts_passes and not state.delays:
                 continue  # one rank: as the wrapped optimizer alone would see it
             if parameter.grad is not None and parameter.grad.is_sparse:
                 result = result.to_sparse(1)

@@ -44,6 +44,8 @@ class Dense(Algorithm):
 class _DenseState(GradientState):
     """Gradients are copied into (or already live in) ``out``, which is reduced in place."""
 
+    delays = False
+
     def __init__(self, config: Dense, bucket: Bucket, context: Context) -> None:
         self.bucket, self._context = bucket, context
         self.out = bucket.mirror(bucket.dtype)

@@ -13,7 +13,7 @@ from hvd_compress import validation
 from hvd_compress.algorithms.base import Algorithm, require_combining
 from hvd_compress.algorithms.states import GradientState, Rate, rate_of_debt
 from hvd_compress.buckets import BUCKET_BYTES, PAYLOAD_BYTES, Bucket, Mirror
-from hvd_compress.compressors import Combine, Compressor
+from hvd_compress.compressors import Combine, Compressor, Identity
 from hvd_compress.exchange import Context, exchange_for
 
 
@@ -66,6 +66,7 @@ class _EFState(GradientState):
 
     def __init__(self, config: EF, bucket: Bucket, context: Context) -> None:
         self.bucket, self._config, self._context = bucket, config, context
+        self.delays = not isinstance(config.compressor, Identity)
         self._exchange = exchange_for(bucket, config.compressor, context)
         self._residual = bucket.mirror(bucket.state_dtype)
         self._targets: list[Optional[Tensor]] = [None] * len(bucket.parameters)

@@ -14,7 +14,7 @@ from hvd_compress.algorithms.base import Algorithm, require_combining, require_c
 from hvd_compress.algorithms.states import GradientState, Rate, rate_of_debt
 from hvd_compress.buckets import BUCKET_BYTES, PAYLOAD_BYTES, Bucket, Mirror
 from hvd_compress.collectives import Link
-from hvd_compress.compressors import BlockSign, Combine, Compressor
+from hvd_compress.compressors import BlockSign, Combine, Compressor, Identity
 from hvd_compress.exchange import Context, Ring, TwoWayExchange
 
 
@@ -77,6 +77,7 @@ class _LIECState(GradientState):
 
     def __init__(self, config: LIEC, bucket: Bucket, context: Context) -> None:
         self.bucket, self._config, self._context = bucket, config, context
+        self.delays = not isinstance(config.compressor, Identity)
         self._exchange = TwoWayExchange(bucket, config.compressor, config.compressor, context)
         self._local = bucket.mirror(bucket.dtype)
         bucket.adopt(self._local)

@@ -115,7 +115,13 @@ class BucketState(abc.ABC):
 
 
 class GradientState(BucketState):
-    """Exchanges gradients: ``absorb`` and ``start`` may run during backward, ``finish`` in ``synchronize()``."""
+    """Exchanges gradients: ``absorb`` and ``start`` may run during backward, ``finish`` in ``synchronize()``.
+
+    Attributes:
+        delays: whether a gradient may count at later steps: then also a parameter without one has a result.
+    """
+
+    delays: bool = True
 
     def absorb(self, index: int, gradient: Tensor, rate: Rate) -> Optional[Tensor]:
         """Take in the final gradient of the bucket's parameter ``index`` while it is still in the cache.

@@ -31,6 +31,10 @@ def loss_of(model: nn.Module, rank: int, step: int) -> Tensor:
     return ((model(inputs) - targets) ** 2).mean()
 
 
+def sgd(model: nn.Module, lr: float = 0.1, **kwargs: Any) -> torch.optim.SGD:
+    return torch.optim.SGD(model.parameters(), lr=lr, **kwargs)
+
+
 def wrap(model: nn.Module, optimizer: torch.optim.Optimizer, compression: Any, **kwargs: Any) -> Any:
     """Our DistributedOptimizer with the model's names."""
     return hvd_compress.DistributedOptimizer(

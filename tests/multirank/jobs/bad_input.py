@@ -9,7 +9,7 @@ from typing import Callable
 import harness
 import horovod.torch as hvd
 import torch
-from common import network, raises, wrap
+from common import network, raises, sgd, wrap
 from torch import nn
 
 import hvd_compress
@@ -34,10 +34,6 @@ from hvd_compress import (
 
 RANKS = (3,)
 FULL_RANKS = (2,)
-
-
-def sgd(model: nn.Module) -> torch.optim.SGD:
-    return torch.optim.SGD(model.parameters(), lr=0.1)
 
 
 def attempt(model: nn.Module, compression: object = None, **kwargs: object) -> None:

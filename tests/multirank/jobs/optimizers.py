@@ -15,7 +15,7 @@ from torch import nn
 from hvd_compress import DEF, EF, Dense, Identity, RandomBlock
 
 RANKS = (2,)
-FULL_RANKS = (3,)
+FULL_RANKS = (1, 3)
 BLOCK = RandomBlock(density=0.25)
 EXACT = (Dense(), EF(Identity()), DEF(Identity()))
 LOSSY = (EF(BLOCK), DEF(BLOCK))
@@ -104,7 +104,8 @@ def check_missing_gradients_count_as_zeros() -> None:
                     optimizer.zero_grad()
                     if not distributed:
                         loss.backward()
-                        for name, p in model.named_parameters():
+                        # One rank trains as it would without us: no gradient, no step.
+                        for name, p in model.named_parameters() if hvd.size() > 1 else ():
                             grad = torch.zeros_like(p) if p.grad is None else p.grad
                             p.grad = hvd.allreduce(grad, name=f"test.missing.{name}")
                         optimizer.step()
@@ -114,7 +115,7 @@ def check_missing_gradients_count_as_zeros() -> None:
                         loss.backward()
                         if recipe == "synchronize":
                             optimizer.synchronize()
-                            assert all(p.grad is not None for p in model.parameters())
+                            assert hvd.size() == 1 or all(p.grad is not None for p in model.parameters())
                             with optimizer.skip_synchronize():
                                 optimizer.step()
                         else:

@@ -14,7 +14,7 @@ from torch import nn
 from hvd_compress import DEF, EF, Dense, Identity, RandomBlock
 
 RANKS = (2,)
-FULL_RANKS = (3, 4)
+FULL_RANKS = (1, 3, 4)
 
 
 class Forked(nn.Module):
@@ -173,6 +173,8 @@ def check_sparse_momentum_where_a_rank_has_no_gradient() -> None:
 
 
 def check_process_set() -> None:
+    if hvd.size() == 1:
+        return  # Horovod refuses a second set of all ranks
     members = [0, hvd.size() - 1] if hvd.size() > 2 else [0]
     some = hvd.add_process_set(members)
     for compression in (*EXACT, *LOSSY):

@@ -17,7 +17,7 @@ from torch import nn
 from hvd_compress import DEF, EF, LIEC, Dense, Policy, RandomBlock
 
 RANKS = (2,)
-FULL_RANKS = (3,)
+FULL_RANKS = (1, 3)
 
 
 def sgd(model: nn.Module) -> torch.optim.SGD:
@@ -160,6 +160,8 @@ def check_groups_may_come_in_another_order_but_not_be_others() -> None:
         train(model, optimizer, 3, lambda t: 0.05)
         with optimizer.consensus():
             same_everywhere(flat(model), f"x with {compression}")
+    if hvd.size() == 1:
+        return
     other = [[p[0], p[2 if hvd.rank() == 0 else 3]]]
     raises(ValueError, "groups", "disagree", f"this is rank {hvd.rank()}",
            call=lambda: wrap(model, torch.optim.SGD(p, lr=0.1), Dense(), groups=other))
