@@ -1,0 +1,86 @@
+"""What holds for every algorithm at any number of ranks: mass, replicas, determinism, data-parallel at density 1."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import harness
+import horovod.torch as hvd
+import numpy as np
+import torch
+from common import close, flat, loss_of, network, same_everywhere, sgd, train, wrap
+from everything import EXACT, LOSSY
+
+RANKS = (2,)
+FULL_RANKS = (1, 3, 4, 8)
+MPI_RANKS = (3,)
+STEPS = 10
+
+
+def rate(t: int) -> float:
+    return 0.05 if t < STEPS // 2 else 0.005
+
+
+def point(model: Any, optimizer: Any, which: str) -> torch.Tensor:
+    with optimizer.consensus(which):
+        return flat(model)
+
+
+def check_nothing_is_lost_and_replicas_agree() -> None:
+    """y_{t+1} = y_t - eta_t * mean_k g_k with plain SGD, whatever is held back and where; x has the same bits."""
+    for compression in (*EXACT, *LOSSY):
+        model = network(torch.float64)
+        optimizer = wrap(model, sgd(model), compression)
+        twin = network(torch.float64)  # from backward() on p.grad belongs to the exchange
+        y = flat(model)
+        for t in range(STEPS):
+            twin.load_state_dict(model.state_dict())
+            twin.zero_grad()
+            loss_of(twin, hvd.rank(), t).backward()
+            gradient = torch.cat([p.grad.reshape(-1) for p in twin.parameters()])  # type: ignore[union-attr]
+            y -= rate(t) * hvd.allreduce(gradient, name="test.mean")
+            train(model, optimizer, 1, rate, first=t)
+            close(point(model, optimizer, "virtual"), y, 1e-12, f"y after step {t} with {compression}")
+            same_everywhere(point(model, optimizer, "shared"), f"x after step {t} with {compression}")
+
+
+def check_same_seed_same_bits() -> None:
+    for compression in (*EXACT, *LOSSY):
+        results = []
+        for seed in (1, 2):  # nobody's generator has a say, and all stay as they are
+            torch.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed)
+            model = network()
+            states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1]
+            optimizer = wrap(model, sgd(model, momentum=0.9), compression)
+            train(model, optimizer, STEPS, rate)
+            results.append(torch.cat((flat(model), point(model, optimizer, "shared"))))
+            assert torch.equal(states[0], torch.get_rng_state()), f"torch's generator after {compression}"
+            assert states[1] == random.getstate(), f"Python's generator after {compression}"
+            assert np.array_equal(states[2], np.random.get_state()[1]), f"numpy's generator after {compression}"
+        assert torch.equal(*results), f"{compression} depends on timing or on a generator"
+
+
+def check_data_parallel_where_everything_is_sent() -> None:
+    model = network(torch.float64)
+    plain = sgd(model, momentum=0.9, weight_decay=1e-2, nesterov=True)
+    for t in range(STEPS):
+        plain.param_groups[0]["lr"] = rate(t)
+        plain.zero_grad()
+        loss_of(model, hvd.rank(), t).backward()
+        for name, p in model.named_parameters():
+            p.grad = hvd.allreduce(p.grad, name=f"test.plain.{name}")
+        plain.step()
+    for compression in EXACT:
+        twin = network(torch.float64)
+        optimizer = wrap(twin, sgd(twin, momentum=0.9, weight_decay=1e-2, nesterov=True), compression)
+        train(twin, optimizer, STEPS, rate)
+        close(point(twin, optimizer, "shared"), flat(model), 1e-12, f"x with {compression}")
+        if hvd.size() == 1:
+            close(flat(twin), flat(model), 1e-12, f"parameters of one rank with {compression}")
+
+
+if __name__ == "__main__":
+    harness.main(globals())
