@@ -38,6 +38,8 @@ def check_nothing_is_lost_and_replicas_agree() -> None:
             twin.load_state_dict(model.state_dict())
             twin.zero_grad()
             loss_of(twin, hvd.rank(), t).backward()
+            if compression.clip_norm is not None:
+                torch.nn.utils.clip_grad_norm_(twin.parameters(), compression.clip_norm / hvd.size() ** 0.5)
             gradient = torch.cat([p.grad.reshape(-1) for p in twin.parameters()])  # type: ignore[union-attr]
             y -= rate(t) * hvd.allreduce(gradient, name="test.mean")
             train(model, optimizer, 1, rate, first=t)
