@@ -91,7 +91,8 @@ def launch(
 def run_job(path: Path, ranks: int, launcher: str, full: bool) -> Outcome:
     """One launch of a job file; later calls return the same outcome."""
     env = {"HVD_COMPRESS_FULL": "1"} if full else {}
-    return launch([sys.executable, str(path)], ranks, launcher, env=env)
+    # Full jobs do more, with up to four ranks a core.
+    return launch([sys.executable, str(path)], ranks, launcher, timeout=TIMEOUT * (2 if full else 1), env=env)
 
 
 def collect() -> list[tuple[Path, int, str, str, bool]]:
