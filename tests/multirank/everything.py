@@ -47,7 +47,7 @@ elif FULL:
     )
     LOSSY += (
         EF(TopK(0.25)), EF(BlockSign()), EF(LowRank(1)), DEF(BlockSign(block_size=8), 1.0), DEF(RandomK(0.25)),
-        DEF(TopK(0.1), 0.0, masking=True, clip_norm=10.0), DistEF(TopK(0.25), BlockSign()), LIEC(BLOCK, 4),
+        DEF(TopK(0.1), 0.0, masking=True, clip_norm=100.0), DistEF(TopK(0.25), BlockSign()), LIEC(BLOCK, 4),
         GlobalSketch(CountSketch(columns=8, rows=3)), EF(Warmup(TopK(0.1), (1.0, 0.5), 3)),
         Policy(EF(BLOCK), patterns={"*bias": Dense(), "2.*": EF(TopK(0.25))}),
     )
