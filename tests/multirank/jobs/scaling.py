@@ -114,6 +114,8 @@ def check_scaled_and_unscaled_steps_mix() -> None:
 
 
 def check_ranks_outside_the_process_set_scale_on_their_own() -> None:
+    if hvd.size() == 1:
+        return  # nobody is outside
     some = hvd.add_process_set([0])
     for fused in (False, True):
         for compression in ALL:
