@@ -18,7 +18,7 @@ def sign_image(block_size: Optional[int]) -> Callable[..., plain.Map]:
 
 
 # Compressor, and the map from a flat vector to what is decoded, given the cuts and a prefix for names.
-KINDS: dict[str, tuple[Compressor, Callable[..., plain.Map]]] = {
+ALL: dict[str, tuple[Compressor, Callable[..., plain.Map]]] = {
     "identity": (Identity(), lambda cuts, prefix: plain.identity),
     "block": (BLOCK, lambda cuts, prefix: plain.selected(BLOCK.selection, cuts, prefix)),
     "random": (RANDOM, lambda cuts, prefix: plain.selected(RANDOM.selection, cuts, prefix)),
@@ -27,5 +27,4 @@ KINDS: dict[str, tuple[Compressor, Callable[..., plain.Map]]] = {
     "signs": (BlockSign(), sign_image(None)),
     "short signs": (BlockSign(block_size=4), sign_image(4)),
 }
-if not FULL:  # every kind of exchange, once
-    KINDS = {kind: KINDS[kind] for kind in ("block", "top", "signs")}
+KINDS = ALL if FULL else {kind: ALL[kind] for kind in ("block", "top", "signs")}  # every kind of exchange, once

@@ -13,6 +13,7 @@ import reference_more as more
 import torch
 from comparing import STEPS, compare, heavy_ball, keep_mass, nesterov, schedule
 from everything import FULL
+from kinds import ALL, BLOCK
 
 from hvd_compress import (
     DEF,
@@ -23,7 +24,6 @@ from hvd_compress import (
     Compressor,
     Dense,
     DistEF,
-    Identity,
     LowRank,
     Policy,
     RandomBlock,
@@ -33,18 +33,12 @@ from hvd_compress import (
 
 RANKS = (2,)
 FULL_RANKS = (1, 3, 4)
-BLOCK = RandomBlock(density=1 / 4, seed=5)
 BLOCKS = plain.selected(BLOCK.selection)
 CAST = Cast(torch.float32)
 STAGES = (1.0, 0.5)
 WARM_TOP, WARM_BLOCK = Warmup(TopK(0.1), STAGES, 30), Warmup(BLOCK, STAGES, 30)
 # Worker's and server's, in shards.
-SERVERS: dict[str, tuple[Compressor, Callable[[list[int], str], plain.Map]]] = {
-    "identity": (Identity(), lambda cuts, prefix: plain.identity),
-    "block": (BLOCK, lambda cuts, prefix: plain.selected(BLOCK.selection, cuts, prefix)),
-    "top": (TopK(0.1), lambda cuts, prefix: plain.top(0.1, cuts)),
-    "sign": (BlockSign(4), lambda cuts, prefix: plain.signs(plain.sign_blocks(4, cuts if prefix else plain.WHOLE))),
-}
+SERVERS = {kind: ALL[kind] for kind in ("identity", "block", "top", "short signs")}
 
 
 def compare_both(compressor: Compressor, make: Callable[[], plain.Joint]) -> None:
@@ -98,7 +92,7 @@ def check_what_is_owed_follows_the_learning_rate() -> None:
     for compressor, image in ((BLOCK, BLOCKS), (TopK(0.1), plain.top(0.1))):
         expected = plain.detached(hvd.size(), STEPS, 0.3, plain.alone(image), schedule, nesterov, rescale=False)
         compare(DEF(compressor, 0.3, rescale_residual=False), expected, nesterov)
-    for kind in SERVERS if FULL else ("sign",):
+    for kind in SERVERS if FULL else ("short signs",):
         compressor, image = SERVERS[kind]
         cuts = plain.borders(hvd.size())
         up, down = image(cuts, ""), image(cuts, "server/")
@@ -109,10 +103,10 @@ def check_what_is_owed_follows_the_learning_rate() -> None:
 def check_other_servers() -> None:
     cuts = plain.borders(hvd.size())
     mixes = [(a, b) for a in SERVERS for b in SERVERS if a != b]
-    for a, b in mixes if FULL else (("block", "top"), ("sign", "block")):
+    for a, b in mixes if FULL else (("block", "top"), ("short signs", "block")):
         # Signs of what blocks or the largest leave are chaotic: at 4 ranks the reference itself moves by 3e-2 in
         # 10 steps when it begins 1e-15 away; in 5 it does not.
-        steps = 5 if b == "sign" and a != "identity" else STEPS
+        steps = 5 if b == "short signs" and a != "identity" else STEPS
         up, down = SERVERS[a][1](cuts, ""), SERVERS[b][1](cuts, "server/")
         expected = plain.dist_ef(hvd.size(), steps, up, down, schedule, nesterov)
         compare(DistEF(SERVERS[a][0], SERVERS[b][0]), expected, nesterov, steps=steps)
