@@ -63,8 +63,10 @@ def _ordered(vector: Any) -> Any:
     return joined(plain.from_flat(vector))
 
 
-def keep_mass(algorithm: Any, op: Any = hvd.Average, tolerance: float = 1e-12) -> None:
-    """Fail unless y_{t+1} = y_t - eta_t * mean of the local step directions, whatever the learning rate does."""
+def keep_mass(
+    algorithm: Any, op: Any = hvd.Average, tolerance: float = 1e-12, steps: int = STEPS if FULL else 20
+) -> None:
+    """Fail unless y_{t+1} = y_t - eta_t * mean of the local step directions, whatever the rate does, and x is one."""
     # Momentum after the exchange (EF) or kept by models that differ (LIEC) is no part of the identity.
     mu, wd = 0.9 if algorithm.exchanges_updates else 0.0, 1e-2
     model, twin = network(torch.float64), network(torch.float64)
@@ -75,7 +77,7 @@ def keep_mass(algorithm: Any, op: Any = hvd.Average, tolerance: float = 1e-12) -
     early = factor if algorithm.exchanges_updates else 1
     with optimizer.consensus("virtual"):
         before = flat(model)
-    for t in range(STEPS if FULL else 20):
+    for t in range(steps):
         lr = (0.02, 0.002, 0.005)[t // 8 % 3] / factor
         optimizer.param_groups[0]["lr"] = lr
         twin.load_state_dict(model.state_dict())
@@ -96,4 +98,6 @@ def keep_mass(algorithm: Any, op: Any = hvd.Average, tolerance: float = 1e-12) -
             after = flat(model)
         mean = hvd.allreduce(direction, name="test.direction")
         close(after, before - lr * factor / early * mean, tolerance, f"y at step {t} with {algorithm}")
+        with optimizer.consensus():
+            same_everywhere(flat(model), f"x after step {t} with {algorithm}")
         before = after

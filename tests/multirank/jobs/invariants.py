@@ -9,7 +9,8 @@ import harness
 import horovod.torch as hvd
 import numpy as np
 import torch
-from common import close, flat, loss_of, network, same_everywhere, sgd, train, wrap
+from common import close, flat, loss_of, network, sgd, train, wrap
+from comparing import keep_mass
 from everything import EXACT, LOSSY
 
 RANKS = (2,)
@@ -28,23 +29,8 @@ def point(model: Any, optimizer: Any, which: str) -> torch.Tensor:
 
 
 def check_nothing_is_lost_and_replicas_agree() -> None:
-    """y_{t+1} = y_t - eta_t * mean_k g_k with plain SGD, whatever is held back and where; x has the same bits."""
     for compression in (*EXACT, *LOSSY):
-        model = network(torch.float64)
-        optimizer = wrap(model, sgd(model), compression)
-        twin = network(torch.float64)  # from backward() on p.grad belongs to the exchange
-        y = flat(model)
-        for t in range(STEPS):
-            twin.load_state_dict(model.state_dict())
-            twin.zero_grad()
-            loss_of(twin, hvd.rank(), t).backward()
-            if compression.clip_norm is not None:
-                torch.nn.utils.clip_grad_norm_(twin.parameters(), compression.clip_norm / hvd.size() ** 0.5)
-            gradient = torch.cat([p.grad.reshape(-1) for p in twin.parameters()])  # type: ignore[union-attr]
-            y -= rate(t) * hvd.allreduce(gradient, name="test.mean")
-            train(model, optimizer, 1, rate, first=t)
-            close(point(model, optimizer, "virtual"), y, 1e-12, f"y after step {t} with {compression}")
-            same_everywhere(point(model, optimizer, "shared"), f"x after step {t} with {compression}")
+        keep_mass(compression, steps=STEPS)
 
 
 def check_same_seed_same_bits() -> None:
