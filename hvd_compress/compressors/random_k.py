@@ -176,4 +176,4 @@ class _RandomKCodec(SummableCodec):
     def scatter(self, wire: Tensor, tensors: Sequence[Tensor]) -> None:
         index = self._index - self._offsets.index_select(0, self._tensor)
         for tensor, places, values in zip(tensors, pieces(index, self._counts), pieces(wire, self._counts)):
-            tensor.index_copy_(0, places, values)
+            tensor.index_copy_(0, places, values.to(tensor.dtype))

@@ -12,6 +12,8 @@ from hvd_compress.compressors.base import Compressor, SummableCodec
 from hvd_compress.exchange.base import Context, Exchange
 from hvd_compress.exchange.ring import Ring
 
+HALF_RANGE = 2.0**15  # of float16, the other half being for what adding up rounds
+
 
 class SummedExchange(Exchange):
     """Payloads that may be added: one ring-allreduce of fixed size and stable name per step.
@@ -41,6 +43,10 @@ class SummedExchange(Exchange):
 
     def encode(self, flat: Tensor) -> None:
         self.codec.encode(flat, self.sent)
+        if self.sent.dtype == torch.float16:
+            # The ranks' sum must be finite: what is cut off is held back, an infinity would be the model's end.
+            limit = HALF_RANGE / self.context.link.size
+            self.sent.clamp_(-limit, limit)
 
     def launch(self) -> None:
         """Send ``sent`` (kept: it says what this rank has given away) and ``tail``."""

@@ -7,8 +7,24 @@ import horovod.torch as hvd
 import reference
 import torch
 from common import close, flat, joined, loss_of, network, same_everywhere, saved, train, wrap
+from torch import nn
 
-from hvd_compress import EF, Cast, Dense, Identity, RandomBlock
+from hvd_compress import (
+    DEF,
+    EF,
+    LIEC,
+    BlockSign,
+    Cast,
+    CountSketch,
+    Dense,
+    DistEF,
+    GlobalSketch,
+    Identity,
+    LowRank,
+    RandomBlock,
+    RandomK,
+    TopK,
+)
 
 RANKS = (2,)
 FULL_RANKS = (1, 3, 4)
@@ -97,7 +113,15 @@ def check_half_precision_on_the_wire() -> None:
 def check_low_precision_parameters() -> None:
     """bfloat16 and float16 parameters: gradients in their dtype, residual in float32, same bits everywhere."""
     for dtype in (torch.bfloat16, torch.float16):
-        for compression in (Dense(), EF(BLOCK), EF(Cast()), hvd.Compression.fp16):
+        gradients = (
+            Dense(), EF(BLOCK), EF(Cast()), hvd.Compression.fp16, EF(RandomK(0.25)), EF(TopK(0.25)), EF(BlockSign()),
+            EF(LowRank(1)), LIEC(averaging_period=5),
+        )
+        updates = (
+            DEF(BLOCK), DEF(RandomK(0.25)), DEF(TopK(0.25), 0.0, masking=True), DistEF(), DEF(LowRank(1)), DEF(Cast()),
+            GlobalSketch(CountSketch(density=1.0)),
+        )
+        for compression in (*gradients, *updates):
             model = network(dtype)
             optimizer = wrap(model, sgd(model), compression)
             first = float(loss_of(model, hvd.rank(), 0).detach())
@@ -105,8 +129,27 @@ def check_low_precision_parameters() -> None:
             assert all(p.grad.dtype == dtype for p in model.parameters())
             for tensor in optimizer.state_dict()["hvd_compress"]["buffers"].get("residual", {}).values():
                 assert tensor.dtype == torch.float32
-            same_everywhere(flat(model).float(), f"x in {dtype} with {compression}")
-            assert float(loss_of(model, hvd.rank(), 0).detach()) < first
+            with optimizer.consensus():
+                same_everywhere(flat(model).float(), f"x in {dtype} with {compression}")
+                assert float(loss_of(model, hvd.rank(), 0).detach()) < first, f"{dtype} with {compression}"
+
+
+def check_sums_in_half_precision_stay_finite() -> None:
+    """Gradients that float16 cannot add up are sent bit by bit: late, but whole."""
+    for compression in (EF(Cast()), DEF(Cast(), 0.0), DEF(Cast(), "auto")):
+        for op in (hvd.Average, hvd.Sum):
+            torch.manual_seed(0)
+            model = nn.Linear(3, 2).double()
+            before = flat(model)
+            optimizer = wrap(model, torch.optim.SGD(model.parameters(), lr=1.0), compression, op=op)
+            for t in range(2 + 4 * hvd.size() ** (1 + (op == hvd.Sum))):
+                optimizer.zero_grad()
+                (sum(p.sum() for p in model.parameters()) * (7e4 if t == 0 else 0.0)).backward()
+                optimizer.step()
+                assert torch.isfinite(flat(model)).all(), f"step {t} with {compression}, op={op}"
+            factor = 1 if op == hvd.Average else hvd.size()
+            with optimizer.consensus():
+                close(before - flat(model), torch.full_like(before, 7e4 * factor), 2e-3, f"{compression}, op={op}")
 
 
 if __name__ == "__main__":
