@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import Tensor
 
 from hvd_compress import sparse
 from hvd_compress.collectives import Sum, is_elastic
@@ -33,4 +34,16 @@ def clip(reducer: Reducer) -> None:
     """Clip their norm to the algorithm's ``clip_norm`` over the square root of the number of ranks, if it has one."""
     if (norm := reducer.algorithm.clip_norm) is not None:
         factor = reducer.link.size if reducer.reduction.op == Sum else 1
-        torch.nn.utils.clip_grad_norm_(reducer.tracked, factor * norm / math.sqrt(reducer.link.size))
+        clipped = [_with_dense_gradient(p) for p in reducer.tracked]
+        torch.nn.utils.clip_grad_norm_(clipped, factor * norm / math.sqrt(reducer.link.size))
+
+
+def _with_dense_gradient(parameter: Tensor) -> Tensor:
+    """``parameter``, or where its gradient is sparse, of which torch takes no norm, one that has its values."""
+    if parameter.grad is None or not parameter.grad.is_sparse:
+        return parameter
+    parameter.grad = parameter.grad.coalesce()
+    values = parameter.grad.values()
+    stand_in = torch.empty_like(values)
+    stand_in.grad = values
+    return stand_in

@@ -130,7 +130,7 @@ class _DEFState(HeldUpdates):
 
     def load_scalars(self, saved: Mapping[str, Any]) -> None:
         super().load_scalars(saved)
-        if self._auto:
+        if self._auto and "coefficient" in saved:
             self._coefficient = float(saved["coefficient"])
             self._mean_square, self._square_mean = float(saved["mean_square"]), float(saved["square_mean"])
 
@@ -167,8 +167,8 @@ class _DEFState(HeldUpdates):
             self._exchange.deliver(self.shared.flat, -1.0)
             self._exchange.keep_back(self.held.flat)
             self.place()
-        if self._momentum is not None and (momentum := self._momentum.flat()) is not None:
-            self._exchange.clear(momentum)
+        if self._momentum is not None:
+            self._momentum.clear(self._exchange.clear)
         self.context.recorder.decode_seconds(time.perf_counter() - begin)
 
     def _measure(self) -> None:

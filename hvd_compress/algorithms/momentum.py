@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import Callable, Optional
 
 from torch import Tensor
 
@@ -23,18 +23,24 @@ class FlatMomentum:
         self._bucket, self._state_of = bucket, context.state_of
         self._mirror: Optional[Mirror] = None
 
-    def flat(self) -> Optional[Tensor]:
-        """The momentum, or None as long as there is none."""
+    def clear(self, clear: Callable[[Tensor], object]) -> None:
+        """Let ``clear`` set coordinates of the momentum to zero, if there is any yet."""
         states = [self._state_of(p) for p in self._bucket.parameters]
         if all(state.get(KEY) is None for state in states):
-            return None
+            return
         if self._mirror is None:
             self._mirror = self._bucket.mirror(self._bucket.dtype)
+        sparse = []
         for state, view in zip(states, self._mirror.views):
             buffer = state.get(KEY)
             if buffer is None:
                 view.zero_()
+            elif buffer.is_sparse:
+                view.copy_(buffer.to_dense())
+                sparse.append((state, view, buffer.sparse_dim()))
             elif buffer.data_ptr() != view.data_ptr():
                 view.copy_(buffer)
                 state[KEY] = view
-        return self._mirror.flat
+        clear(self._mirror.flat)
+        for state, view, dimensions in sparse:  # torch adds sparse gradients to sparse momentum only (Nesterov)
+            state[KEY] = view.to_sparse(dimensions)
