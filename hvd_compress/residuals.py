@@ -64,16 +64,25 @@ def restore(states: Sequence[State], saved: Mapping[str, Any], own: bool) -> lis
     """Copy saved buffers and scalars back; returns the states whose shared model was found.
 
     Buffers that are not in ``saved`` (a parameter added since) are left as they are. With ``own`` False the
-    caller is to empty what was held back afterwards.
+    caller is to empty what was held back afterwards. From a state of another algorithm comes what means the same
+    in this one; what is lost is warned of.
     """
-    restored = []
+    restored: list[State] = []
+    taken: set[tuple[str, str]] = set()
     for state in states:
         names, scalars = state.bucket.layout.names, saved["scalars"]
-        if (common := scalars_of(state, scalars)) is not None:
+        common = scalars_of(state, scalars)
+        alike = common is None or state.accepts(common)
+        if not alike:
+            _forget(state)
+        elif common is not None:
             state.load_scalars(common)
-        state.expect(saved["buffers"])
+        state.expect(saved["buffers"] if alike else ())
         for kind, mirror in state.buffers().items():
+            if not alike and kind != "shared":
+                continue
             stored: Mapping[str, Tensor] = saved["buffers"].get(kind, {})
+            taken.update((kind, name) for name in names)
             for index, (name, view) in enumerate(zip(names, mirror.views)):
                 source = stored.get(name)
                 # Another rank's residual still tells its point from a model of the user's.
@@ -94,7 +103,24 @@ def restore(states: Sequence[State], saved: Mapping[str, Any], own: bool) -> lis
                         view.mul_(factor)
             if kind == "shared" and all(name in stored for name in names):
                 restored.append(state)
+    if own:
+        _warn_of_losses(saved, taken)
     return restored
+
+
+def _warn_of_losses(saved: Mapping[str, Any], taken: set[tuple[str, str]]) -> None:
+    """Warn if something was held back that nothing here could take."""
+    lost = sorted(
+        name for kind in HELD_BACK for name, values in saved["buffers"].get(kind, {}).items()
+        if (kind, name) not in taken and bool(values.any())
+    )
+    if lost:
+        warnings.warn(
+            f"hvd_compress: the optimizer state holds back updates of {len(set(lost))} parameter(s), the first "
+            f"{lost[0]!r}, by an algorithm other than the one they have here (rank {saved['rank']}); they are lost. "
+            "Call optimizer.flush() on all ranks before saving a state that another algorithm is to load",
+            stacklevel=5,
+        )
 
 
 def _restore_shard(state: State, index: int, mirror: Mirror, source: Tensor, begin: int, factor: float) -> None:
@@ -108,11 +134,21 @@ def _restore_shard(state: State, index: int, mirror: Mirror, source: Tensor, beg
     state.take_back(index, begin, values)
 
 
-def _empty(state: State) -> None:
-    """Forget what is held back; a rank's own point is then the shared model."""
+def _keeps_own_momentum(reducer: Reducer) -> bool:
+    """Whether each rank's wrapped optimizer sees gradients, or directions, of its own."""
+    return reducer.algorithm.exchanges_updates or reducer.algorithm.local_models
+
+
+def _forget(state: State) -> None:
+    """Hold nothing back any more."""
     for kind, mirror in state.buffers().items():
         if kind in HELD_BACK:
             mirror.flat.zero_()
+
+
+def _empty(state: State) -> None:
+    """Forget what is held back; a rank's own point is then the shared model."""
+    _forget(state)
     if isinstance(state, UpdateState):
         state.underway = False
         state.place()
@@ -144,7 +180,8 @@ class Keeper:
         else:
             mine = {
                 "format": FORMAT, "owner": self._owner, "rank": reducer.link.rank, "size": reducer.link.size,
-                "step": reducer.step, "local_steps_done": reducer.local_steps_done, **collect(reducer.states),
+                "step": reducer.step, "local_steps_done": reducer.local_steps_done,
+                "own_momentum": _keeps_own_momentum(reducer), **collect(reducer.states),
             }
         # What a broadcast has brought is already true, although it is taken over only at the next step.
         mine.update(self._optimizer.param_groups[0].get(KEY, {}))
@@ -189,8 +226,15 @@ class Keeper:
                     state.anchor()
                 _empty(state)
             return
+        if saved.get("own_momentum", False) and not _keeps_own_momentum(reducer):
+            warnings.warn(
+                "hvd_compress: the optimizer state was saved with an algorithm that keeps a momentum of its own on "
+                f"every rank, and {reducer.algorithm!r} needs the same on all (this is rank {reducer.link.rank}); call "
+                "hvd.broadcast_optimizer_state(optimizer, root_rank=0) after load_state_dict()",
+                stacklevel=3,
+            )
         reducer.step, reducer.local_steps_done = saved["step"], saved["local_steps_done"]
-        if reducer.algorithm.exchanges_updates or reducer.algorithm.local_models:
+        if _keeps_own_momentum(reducer):
             reducer.track()
             reducer.build()  # needs no other rank here, and the next forward pass starts from the right point
         if reducer.states:
@@ -228,5 +272,5 @@ class Keeper:
         reducer = self._reducer
         reducer.step, reducer.local_steps_done = shared["step"], shared["local_steps_done"]
         for state in reducer.states:
-            if (scalars := scalars_of(state, shared["scalars"])) is not None:
+            if (scalars := scalars_of(state, shared["scalars"])) is not None and state.accepts(scalars):
                 state.load_scalars(scalars)

@@ -68,6 +68,10 @@ class BucketState(abc.ABC):
         """Numbers that must survive a checkpoint."""
         return {}
 
+    def accepts(self, saved: Mapping[str, Any]) -> bool:
+        """Whether ``saved`` are scalars, and what is held back beside them is in units, of a state like this one."""
+        return set(self.scalars()) <= set(saved)
+
     def load_scalars(self, saved: Mapping[str, Any]) -> None:  # noqa: B027
         """Take back what ``scalars`` gave (of the bucket in which the first of these parameters was)."""
 
@@ -236,6 +240,8 @@ class UpdateState(BucketState):
                 model nor this rank's own point are a model of the user's choice, and become the shared one.
             saved: the saved scalars by name; buckets may have been cut otherwise, and stand elsewhere now.
         """
+        if not self.bucket.layout.total:
+            return
         if known:
             stood = self.stood(saved)
             own = self.local.flat.clone() if self.underway else stood

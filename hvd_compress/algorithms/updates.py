@@ -44,6 +44,9 @@ class HeldUpdates(UpdateState):
     def scalars(self) -> dict[str, Any]:
         return {"placed": float(self.placed), "lr": self._lr, "underway": self.underway}
 
+    def accepts(self, saved: Mapping[str, Any]) -> bool:
+        return {"placed", "lr", "underway"} <= set(saved)  # all that exchange updates hold back the same
+
     def load_scalars(self, saved: Mapping[str, Any]) -> None:
         self._lr, self.placed, self.underway = float(saved["lr"]), float(saved["placed"]), bool(saved["underway"])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from typing import Any
 
 import harness
@@ -17,6 +18,7 @@ from hvd_compress import (
     LIEC,
     BlockSign,
     CountSketch,
+    Dense,
     DistEF,
     GlobalSketch,
     Identity,
@@ -49,6 +51,11 @@ def make(compression: Any, seed: int = 0, dtype: torch.dtype = torch.float64, **
 
 def virtual(model: Any, optimizer: Any) -> torch.Tensor:
     with optimizer.consensus("virtual"):
+        return flat(model)
+
+
+def shared(model: Any, optimizer: Any) -> torch.Tensor:
+    with optimizer.consensus():
         return flat(model)
 
 
@@ -142,6 +149,43 @@ def check_buckets_that_are_cut_otherwise() -> None:
         if compression in (DEF(BLOCK), EF(BLOCK)):
             train(model, optimizer, 4, rate, first=11)
             close(flat(again), flat(model), 1e-12, f"resumed against uninterrupted, {compression}")
+
+
+def check_states_of_another_algorithm_load() -> None:
+    """What is held back goes on where it means the same; else it is lost with a warning, and without one if flushed."""
+    kinds: tuple[Any, ...] = (
+        Dense(), EF(BLOCK), EF(TopK(0.25)), LIEC(averaging_period=100), DEF(BLOCK), DEF(BLOCK, "auto"), DistEF(),
+        GlobalSketch(CountSketch(columns=8, rows=3)),
+    )
+    for before, after in itertools.permutations(kinds, 2):
+        for flushed in (False, True):
+            what = f"from {before} to {after}, flushed={flushed}"
+            model, optimizer = make(before)
+            train(model, optimizer, 6, rate)
+            if flushed:
+                optimizer.flush()
+            x, y = shared(model, optimizer), virtual(model, optimizer)
+            again, resumed = make(after, seed=1)
+            with optimizer.consensus():
+                again.load_state_dict(through_a_file(model.state_dict()))
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                resumed.load_state_dict(through_a_file(optimizer.state_dict()))
+                now = shared(again, resumed)
+                point = virtual(again, resumed)
+            close(now, x, 1e-12, f"x {what}")
+            lost = any("lost" in str(w.message) for w in caught)
+            had_own, has_own = (a.exchanges_updates or a.local_models for a in (before, after))
+            assert any("momentum" in str(w.message) for w in caught) == (had_own and not has_own), what
+            if had_own and not has_own:
+                hvd.broadcast_optimizer_state(resumed, root_rank=0)
+            kept = torch.allclose(point, y, rtol=1e-9, atol=1e-9)
+            assert kept or lost, f"y {what}: {[str(w.message) for w in caught]}"
+            assert not (flushed and lost), f"nothing is owed, {what}: {[str(w.message) for w in caught]}"
+            train(again, resumed, 4, rate, first=6)
+            with resumed.consensus():
+                same_everywhere(flat(again), f"x {what}")
+                assert torch.isfinite(flat(again)).all()
 
 
 def check_sum_is_horovods_sum() -> None:
