@@ -39,6 +39,12 @@ class Consensus:
                 "hold back is under way; call it after step()"
             )
 
+    def _settle(self) -> None:
+        # What is made here outlives an evaluation in inference mode, and training must be able to write to it.
+        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext():
+            with torch.no_grad():
+                self._reducer.settle()
+
     @contextlib.contextmanager
     def at(self, point: str) -> Iterator[None]:
         """The parameters are at ``point`` inside, and bitwise where they were afterwards."""
@@ -49,7 +55,7 @@ class Consensus:
             yield
             return
         self._enter_idle("consensus()")
-        reducer.settle()
+        self._settle()
         moved = [(state, target) for state in reducer.states if (target := self._target(state, point)) is not None]
         saved = [[p.detach().clone() for p in state.bucket.parameters] for state, _ in moved]
         try:
@@ -79,7 +85,7 @@ class Consensus:
         if not reducer.link.member:
             return
         self._enter_idle("flush()")
-        reducer.settle()
+        self._settle()
         for state in reducer.states:
             if (target := self._target(state, "virtual")) is not None:
                 state.restart(target)

@@ -1,4 +1,4 @@
-"""Checkpoints, broadcasts, elastic save and restore, consensus, flush, join, replicas."""
+"""Checkpoints, broadcasts, elastic save and restore, consensus, flush, replicas."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from common import (
 from everything import BLOCK
 from horovod.torch.elastic import TorchState
 
-from hvd_compress import DEF, EF, LIEC, BlockSign, Dense, DistEF, Identity, Policy, TopK
+from hvd_compress import DEF, EF, LIEC, Dense, Policy
 
 RANKS = (2,)
 FULL_RANKS = (1, 3, 4)
@@ -254,29 +254,23 @@ def check_flush_empties_residuals_into_the_model() -> None:
         train(model, optimizer, 2, rate, first=6)
 
 
-def check_joined_ranks_do_not_stop_random_blocks() -> None:
-    if hvd.size() == 1:
-        return
-    for compression in (EF(BLOCK), DEF(BLOCK), Dense(), DEF(Identity())):
-        model, optimizer = make(compression)
-        train(model, optimizer, 3 + 2 * hvd.rank(), rate)
-        hvd.join()
-        assert torch.isfinite(flat(model)).all()
-
-
-def check_joined_ranks_are_a_clear_error_elsewhere() -> None:
-    if hvd.size() == 1:
-        return
-    for compression in (EF(TopK(0.25)), DEF(BlockSign()), DistEF(), LIEC(averaging_period=100)):
-        model, optimizer = make(compression)
-        train(model, optimizer, 3, rate)
-        if hvd.rank() > 0:
-            owed = held(optimizer)
-            raises(RuntimeError, "hvd.join()", f"rank {hvd.rank()}", "RandomBlock",
-                   call=lambda m=model, o=optimizer: train(m, o, 1, rate, first=3))
-            # EF's residual has taken the gradient in; nothing of it has been sent.
-            assert isinstance(compression, EF) or torch.equal(held(optimizer), owed)
-        hvd.join()
+def check_an_evaluation_in_inference_mode_before_the_first_step() -> None:
+    """All buffers are made then, and training must be able to write to them."""
+    for compression in (*everything.EXACT, *LOSSY):
+        results = []
+        for evaluated in (False, True):
+            model, optimizer = make(compression)
+            if evaluated:
+                for name in ("shared", "virtual"):
+                    with torch.inference_mode(), optimizer.consensus(name):
+                        loss_of(model, hvd.rank(), 0)
+            train(model, optimizer, 4, rate)
+            with torch.inference_mode(), optimizer.consensus():
+                results.append(flat(model).clone())
+            with torch.inference_mode():
+                optimizer.flush()
+            train(model, optimizer, 2, rate, first=4)
+        assert torch.equal(*results), f"{compression}"
 
 
 def check_replica_check_stops_every_rank() -> None:
