@@ -52,19 +52,19 @@ class Partition:
         teams = [] if self._algorithm.exchanges_updates else teams_of(self._groups, parameters)
         new: list[State] = []
         for algorithm, members in by_algorithm.items():
-            new += self._attach(algorithm, members, teams, f"bucket{len(self.states)}.", len(new))
+            new += self._attach(algorithm, members, teams, f"bucket{len(self.states)}.", len(self.states) + len(new))
         self.states += new
         return new
 
     def _attach(
         self, algorithm: Algorithm, members: Sequence[Entry], teams: Sequence[frozenset[int]], prefix: str, first: int
     ) -> list[State]:
-        """States for ``members``, the first of them being number ``first`` of those now made."""
+        """States for ``members``, the first of them being number ``first`` of all."""
+        max_bytes = min(algorithm.bucket_bytes, algorithm.bucket_limit(self._context.link.size))
         buckets = build(
-            members, prefix=prefix, split_groups=algorithm.splits_groups, max_bytes=algorithm.bucket_bytes,
-            teams=teams, first=first,
+            members, prefix=prefix, split_groups=algorithm.splits_groups, max_bytes=max_bytes, teams=teams, first=first,
         )
-        for index, bucket in enumerate(buckets, len(self.states) + first):
+        for index, bucket in enumerate(buckets, first):
             self.home.update((p, index) for p in bucket.parameters)
             self.place.update((p, i) for i, p in enumerate(bucket.parameters))
         return [algorithm.attach(bucket, self._context) for bucket in buckets]

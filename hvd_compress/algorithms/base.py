@@ -17,6 +17,10 @@ from hvd_compress.collectives import Link
 from hvd_compress.compressors import Combine, Compressor, Warmup
 from hvd_compress.exchange import Context
 
+# Horovod's counts of elements (of bytes, where payloads are gathered) must stay below 2^31. Payloads of 16-bit
+# parameters may be twice what ``fraction`` says, and a bucket is closed only after it is full.
+BUCKET_LIMIT, PAYLOAD_LIMIT = 2.0**31, 2.0**29
+
 
 class Algorithm(abc.ABC):
     """Base of all algorithms: frozen dataclasses, validated when built.
@@ -36,6 +40,10 @@ class Algorithm(abc.ABC):
     def bucket_bytes(self) -> float:
         """Bytes of parameters after which a bucket is closed."""
         return math.inf if self.exchanges_updates else BUCKET_BYTES
+
+    def bucket_limit(self, ranks: int) -> float:
+        """Bytes of parameters after which a bucket is closed in any case: Horovod counts in 32 bits."""
+        return limit_for(getattr(self, "compressor", None), ranks)
 
     @property
     def gathers(self) -> bool:
@@ -60,11 +68,23 @@ class Algorithm(abc.ABC):
         """The state of this algorithm for ``bucket``; allocates all its buffers."""
 
 
-def require_compressor(owner: str, value: object) -> Compressor:
+def limit_for(compressor: Optional[Compressor], ranks: int, gathered: Optional[bool] = None) -> float:
+    """Bytes of parameters whose payloads a collective can bring together, with room for the bucket's last parameter.
+
+    Args:
+        gathered: whether one rank receives the payloads of all; None: if the compressor's are not summed.
+    """
+    if compressor is None:
+        return BUCKET_LIMIT
+    together = ranks if (compressor.combine is Combine.GATHER if gathered is None else gathered) else 1
+    return min(BUCKET_LIMIT, PAYLOAD_LIMIT / (together * compressor.fraction))
+
+
+def require_compressor(owner: str, argument: str, value: object) -> Compressor:
     """Raise ValueError unless ``value`` is a compressor."""
     if not isinstance(value, Compressor):
         raise ValueError(
-            f"{owner}: compressor={value!r} is not allowed; it must be a compressor object such as "
+            f"{owner}: {argument}={value!r} is not allowed; it must be a compressor object such as "
             "hvd_compress.RandomBlock(density=1/64)"
         )
     return value
@@ -80,7 +100,7 @@ REFUSALS = {
 
 def require_combining(owner: str, argument: str, value: object, allowed: Sequence[Combine]) -> Compressor:
     """Raise ValueError, with the reason, unless ``value`` is a compressor whose payloads combine as ``allowed``."""
-    compressor = require_compressor(owner, value)
+    compressor = require_compressor(owner, argument, value)
     if compressor.combine not in allowed:
         reason = REFUSALS.get(compressor.combine, "its payloads cannot be summed by an allreduce")
         raise ValueError(f"{owner}: {argument}={value!r} is not allowed; {reason}")

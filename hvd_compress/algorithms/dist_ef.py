@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hvd_compress import validation
-from hvd_compress.algorithms.base import Algorithm, require_combining, require_constant
+from hvd_compress.algorithms.base import Algorithm, limit_for, require_combining, require_constant
 from hvd_compress.algorithms.states import UpdateState
 from hvd_compress.algorithms.updates import HeldUpdates
 from hvd_compress.buckets import Bucket, Mirror
@@ -59,6 +59,10 @@ class DistEF(Algorithm):
     @property
     def gathers(self) -> bool:
         return True
+
+    def bucket_limit(self, ranks: int) -> float:
+        both = (self.compressor, self.server_compressor or self.compressor)
+        return min(limit_for(compressor, ranks, gathered=False) for compressor in both)
 
     def attach(self, bucket: Bucket, context: Context) -> UpdateState:
         return _DistEFState(self, bucket, context)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hvd_compress import validation
-from hvd_compress.algorithms.base import Algorithm, require_combining, require_constant
+from hvd_compress.algorithms.base import Algorithm, limit_for, require_combining, require_constant
 from hvd_compress.algorithms.states import GradientState, Rate, rate_of_debt
 from hvd_compress.buckets import BUCKET_BYTES, PAYLOAD_BYTES, Bucket, Mirror
 from hvd_compress.collectives import Link
@@ -58,6 +58,9 @@ class LIEC(Algorithm):
     @property
     def bucket_bytes(self) -> float:
         return max(BUCKET_BYTES, PAYLOAD_BYTES / self.compressor.fraction)
+
+    def bucket_limit(self, ranks: int) -> float:
+        return limit_for(self.compressor, ranks, gathered=False)
 
     @property
     def gathers(self) -> bool:
@@ -118,7 +121,8 @@ class _LIECState(GradientState):
         return self._carried
 
     def residual(self) -> Optional[Tensor]:
-        return self._exchange.error
+        error = self._exchange.error
+        return error if self._carried is None else torch.cat((error, self._carried.flat))
 
     def abandon(self) -> None:
         """Nothing is absorbed before ``start``."""

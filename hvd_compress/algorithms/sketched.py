@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hvd_compress import mpi, validation
-from hvd_compress.algorithms.base import Algorithm, require_compressor
+from hvd_compress.algorithms.base import Algorithm, limit_for
 from hvd_compress.algorithms.detached import dense_on_updates
 from hvd_compress.algorithms.momentum import FlatMomentum
 from hvd_compress.algorithms.states import UpdateState
@@ -19,7 +19,7 @@ from hvd_compress.buckets import Bucket, Entry
 from hvd_compress.collectives import Link
 from hvd_compress.compressors import CountSketch
 from hvd_compress.compressors.count_sketch import CountSketchCodec
-from hvd_compress.exchange import Context, Ring
+from hvd_compress.exchange import Context, Ring, require_countable
 
 EXCHANGES = ("allreduce", "tree", "allgather")
 
@@ -68,7 +68,6 @@ class GlobalSketch(Algorithm):
     rescale_residual: bool = True
 
     def __post_init__(self) -> None:
-        require_compressor("GlobalSketch", self.sketch)
         if not isinstance(self.sketch, CountSketch):
             raise ValueError(
                 f"GlobalSketch: sketch={self.sketch!r} is not allowed; it must be a CountSketch, whose payload says "
@@ -97,6 +96,9 @@ class GlobalSketch(Algorithm):
     def gathers(self) -> bool:
         return self.exchange != "allreduce"
 
+    def bucket_limit(self, ranks: int) -> float:
+        return limit_for(self.sketch, ranks, gathered=self.exchange == "allgather")
+
     def attach(self, bucket: Bucket, context: Context) -> UpdateState:
         return _GlobalSketchState(self, bucket, context)
 
@@ -109,6 +111,8 @@ class _Table:
         self._ring = Ring(wire, "sketch", bucket, context) if exchange == "allreduce" else None
         self._tree = mpi.Tree(context.link) if exchange == "tree" else None
         self._pending: Any = None
+        if exchange == "allgather":
+            require_countable(bucket, "sketches", wire.numel() * context.link.size)
 
     def launch(self) -> None:
         if self._ring is not None:
@@ -174,8 +178,8 @@ class _GlobalSketchState(HeldUpdates):
         chosen, values = self._candidates.index_select(0, kept), self._values.buffer.index_select(0, kept)
         self.shared.flat.index_add_(0, chosen, values, alpha=-1.0)
         self.held.flat.index_fill_(0, chosen, 0.0)
-        if self._momentum is not None and (momentum := self._momentum.flat()) is not None:
-            momentum.index_fill_(0, chosen, 0.0)
+        if self._momentum is not None:
+            self._momentum.clear(lambda momentum: momentum.index_fill_(0, chosen, 0.0))
         self.place()
         self.context.recorder.wait_seconds(arrived - begin)
         self.context.recorder.decode_seconds(time.perf_counter() - arrived)

@@ -187,6 +187,10 @@ class ShardedCodec:
             if wire.numel():  # more ranks than elements leave shards empty
                 codec.encode(self.shard(flat, index), wire)
 
+    def keep_back(self, wires: Sequence[Tensor], flat: Tensor) -> None:
+        """``flat -= decode(wires)`` for the messages of the last ``encode``."""
+        self.accumulate(wires, flat, -1.0)
+
     def accumulate(self, wires: Sequence[Tensor], flat: Tensor, alpha: float) -> None:
         """``flat += alpha * decode(wires)``, one message for each shard."""
         for index, (codec, wire) in enumerate(zip(self.codecs, wires)):

@@ -36,7 +36,7 @@ def outputs(key: int, count: int, device: torch.device) -> Tensor:
 
 
 def at(keys: Tensor, step: int) -> Tensor:
-    """The ``step``-th output of a generator seeded with each key; ``random_block.draw`` of int64 tensors."""
+    """The ``step``-th output of a generator seeded with each key; ``draws.draw`` of int64 tensors."""
     return _mix(keys + _signed((step + 1) * _GAMMA))
 
 

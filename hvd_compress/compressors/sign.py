@@ -249,3 +249,6 @@ class _ShardedSigns(ShardedCodec):
         self._whole.pack(flat, self._bits, self._scales)
         for codec, wire, (of_bits, of_scales) in zip(self._signs, wires, self._places):
             codec.fill(wire, self._bits[of_bits], self._scales[of_scales])
+
+    def keep_back(self, wires: Sequence[Tensor], flat: Tensor) -> None:
+        self._whole.add(self._bits, self._scales, flat, -1.0)  # in one go, however many shards there are

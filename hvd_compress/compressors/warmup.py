@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hvd_compress import validation
 from hvd_compress.compressors.base import AnyCodec, Compressor, Layout, Payload
+from hvd_compress.compressors.whole import Identity
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,13 @@ class Warmup(Compressor):
                 f"Warmup: compressor={self.compressor!r} is not allowed; it must be a compressor with a density, such "
                 "as TopK(density=1/1000)"
             )
-        for density in self.densities:
-            validation.density("Warmup", density)
+        if isinstance(self.densities, str) or not isinstance(self.densities, Sequence):
+            raise ValueError(
+                f"Warmup: densities={self.densities!r} is not allowed; it must be a sequence of densities, such as "
+                "(1.0, 0.25)"
+            )
+        for i, density in enumerate(self.densities):
+            validation.density("Warmup", density, f"densities[{i}]")
         validation.integer("Warmup", "steps", self.steps, 1)
         object.__setattr__(self, "densities", tuple(float(d) for d in self.densities))
         for name in ("combine", "lossless", "selects"):
@@ -49,25 +55,31 @@ class Warmup(Compressor):
 
     @classmethod
     def geometric(cls, compressor: Compressor, start: float, stages: int, steps: int) -> Warmup:
-        """``stages`` densities from ``start`` down towards the compressor's own, by a constant factor."""
-        validation.density("Warmup.geometric", start)
+        """``stages`` densities from ``start`` down towards the compressor's own, by a constant factor.
+
+        Raises:
+            ValueError: if an argument is out of range.
+        """
+        validation.density("Warmup.geometric", start, "start")
         validation.integer("Warmup.geometric", "stages", stages, 1)
         end = float(getattr(compressor, "density", start))
         return cls(compressor, tuple(start * (end / start) ** (i / stages) for i in range(stages)), steps)
 
     @property
     def fraction(self) -> float:
-        return self.compressor.fraction
+        return max(self.at(stage * self.steps).fraction for stage in range(len(self.densities) + 1))
 
     def stage(self, step: int) -> int:
         """Index of the stage of a step; ``len(densities)`` is the compressor itself."""
         return min(step // self.steps, len(self.densities))
 
     def at(self, step: int) -> Compressor:
-        """The compressor in force at a step."""
+        """The compressor in force at a step; at density 1 it is ``Identity``, which needs no indices and is summed."""
         stage = self.stage(step)
         if stage == len(self.densities):
             return self.compressor
+        if self.densities[stage] == 1.0:
+            return Identity()
         compressor: Any = self.compressor
         changed: Compressor = dataclasses.replace(compressor, density=self.densities[stage])
         return changed

@@ -33,6 +33,9 @@ class Identity(Compressor):
 class Cast(Compressor):
     """Send every element as ``dtype``; values beyond its range are sent as its largest finite value.
 
+    Where payloads of P ranks are summed in float16 (EF, DEF), the largest value is 2^15 / P, so that the sum
+    stays in range; error feedback keeps the rest.
+
     Args:
         dtype: torch.float16 or torch.float32, the floating-point types below float64 that Horovod can
             sum. (It has no bfloat16; parameters and gradients in bfloat16 are sent as float32 or through
@@ -89,6 +92,9 @@ class _WholeCodec(SummableCodec):
 
     def write(self, wire: Tensor, flat: Tensor) -> None:
         flat.copy_(wire)
+
+    def clear(self, wire: Tensor, flat: Tensor) -> None:
+        flat.zero_()
 
     def scatter(self, wire: Tensor, tensors: Sequence[Tensor]) -> None:
         torch._foreach_copy_(list(tensors), list(pieces(wire, self._numels)))

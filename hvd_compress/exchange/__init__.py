@@ -2,7 +2,7 @@
 
 from hvd_compress.buckets import Bucket
 from hvd_compress.compressors import Combine, Compressor, Warmup
-from hvd_compress.exchange.base import Context, Exchange, Reduction
+from hvd_compress.exchange.base import Context, Exchange, Reduction, require_countable
 from hvd_compress.exchange.gathered import GatheredExchange
 from hvd_compress.exchange.joint import JointExchange
 from hvd_compress.exchange.ring import Ring
@@ -12,7 +12,7 @@ from hvd_compress.exchange.two_way import TwoWayExchange
 
 __all__ = [
     "Context", "Exchange", "GatheredExchange", "JointExchange", "Reduction", "Ring", "StagedExchange", "SummedExchange",
-    "TwoWayExchange", "exchange_for",
+    "TwoWayExchange", "exchange_for", "require_countable",
 ]
 
 

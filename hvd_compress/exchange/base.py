@@ -50,6 +50,20 @@ class Context(NamedTuple):
         return bool(self.reduction.op == Average)
 
 
+def require_countable(bucket: Bucket, what: str, count: int) -> None:
+    """Raise ValueError if a collective would bring together more than Horovod, which has 32 bits, can count.
+
+    Args:
+        count: elements that are summed, or bytes that are gathered from all ranks.
+    """
+    if count >= 2**31:
+        raise ValueError(
+            f"the {what} of parameters {bucket.layout.names[0]!r} to {bucket.layout.names[-1]!r} would bring together "
+            f"{count} elements or bytes on each rank, and Horovod counts to {2**31 - 1}; choose a smaller density, or "
+            "a compressor whose payloads are summed, such as RandomBlock"
+        )
+
+
 class Exchange(abc.ABC):
     """One-way compression: every rank sends its payload, every rank gets the aggregate.
 

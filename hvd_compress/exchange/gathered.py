@@ -10,7 +10,7 @@ from torch import Tensor
 from hvd_compress.buckets import Bucket
 from hvd_compress.collectives import Pending
 from hvd_compress.compressors.base import Codec, Compressor
-from hvd_compress.exchange.base import Context, Exchange
+from hvd_compress.exchange.base import Context, Exchange, require_countable
 
 
 class GatheredExchange(Exchange):
@@ -22,6 +22,7 @@ class GatheredExchange(Exchange):
     def __init__(self, bucket: Bucket, compressor: Compressor, context: Context) -> None:
         super().__init__(bucket, context)
         self._codec = cast(Codec, compressor.codec(bucket.layout, bucket.state_dtype, bucket.device))
+        require_countable(bucket, "payloads", self._codec.numel * self._codec.dtype.itemsize * context.link.size)
         self._sent = torch.zeros(self._codec.numel, dtype=self._codec.dtype, device=bucket.device)
         self._pending = Pending(None)
         self._received: tuple[Tensor, ...] = ()

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hvd_compress.buckets import Bucket
 from hvd_compress.collectives import Average, Pending
-from hvd_compress.exchange.base import Context, Reduction
+from hvd_compress.exchange.base import Context, Reduction, require_countable
 
 
 def spread_of(bucket: Bucket, dtype: torch.dtype) -> float:
@@ -17,7 +17,8 @@ def spread_of(bucket: Bucket, dtype: torch.dtype) -> float:
     which order ranks are added: results would depend on timing. It never fuses collectives with different
     scale factors, and powers of two round nothing (16-bit payloads have no range to spare and are left alone).
     """
-    return 2.0 ** (bucket.ordinal % 16) if dtype.itemsize > 2 else 1.0
+    turn = bucket.ordinal % 32
+    return 2.0 ** (turn if turn < 16 else 15 - turn) if dtype.itemsize > 2 else 1.0
 
 
 class Ring:
@@ -30,6 +31,7 @@ class Ring:
     """
 
     def __init__(self, buffer: Tensor, name: str, bucket: Bucket, context: Context, averages: bool = False) -> None:
+        require_countable(bucket, f"{name} payload", buffer.numel())
         self.buffer, self._name, self._context = buffer, f"{bucket.name}.{name}", context
         reduction = Reduction(Average) if averages else context.reduction
         spread = spread_of(bucket, buffer.dtype)

@@ -16,7 +16,7 @@ from torch import Tensor
 from hvd_compress.buckets import Bucket, Mirror
 from hvd_compress.collectives import Pending
 from hvd_compress.compressors.base import Codec, Compressor, Layout, ShardedCodec
-from hvd_compress.exchange.base import Context
+from hvd_compress.exchange.base import Context, require_countable
 
 SHARD = 8  # elements: shards begin where a byte of packed bits begins
 
@@ -45,7 +45,7 @@ class _Messages:
 class TwoWayExchange:
     """Workers compress, owners of shards average and compress again, holding what that loses.
 
-    The owner's error counts for the mean over ranks. It is replaced when the step is complete (``commit``),
+    The owner's error counts for the mean over ranks. It is replaced when the step is complete (``wait``),
     so that a failed collective loses nothing.
 
     Attributes:
@@ -70,6 +70,8 @@ class TwoWayExchange:
         answers = [server.codec(own.cut(a, b), *kind) for a, b in zip(self.borders, self.borders[1:])]
         self._down = ShardedCodec(cast("list[Codec]", answers), self.borders)
         self._sent, self._answers = _Messages(self._up, bucket.device), _Messages(self._down, bucket.device)
+        for what, messages in (("messages to servers", self._sent), ("servers' answers", self._answers)):
+            require_countable(bucket, what, messages.buffer.numel())
         self._splits = torch.tensor(self._sent.lengths, dtype=torch.int32)
         begin, end = self.borders[self._rank : self._rank + 2]
         self.error, self._next_error = (
@@ -95,11 +97,14 @@ class TwoWayExchange:
         return Mirror(self.error, views, tuple(begins))
 
     def owed(self) -> Tensor:
-        """The owners' errors as a flat vector whose mean over ranks is what the servers hold back (new tensor)."""
+        """The owners' errors as a flat vector whose mean over ranks is what the servers hold back (new tensor).
+
+        The mean is over the ranks there are now, which may be others than those the shards were cut for (elastic).
+        """
         vector = torch.zeros(self.bucket.layout.total, dtype=self.bucket.state_dtype, device=self.bucket.device)
         begin, end = self.span
         vector[begin:end] = self.error
-        return vector.mul_(self._size)
+        return vector.mul_(self.context.link.size)
 
     def resettle(self) -> Optional[Tensor]:
         """Cut new shards if the number of ranks has changed (elastic).
@@ -110,7 +115,6 @@ class TwoWayExchange:
         link = self.context.link
         if (link.size, link.rank) == (self._size, self._rank):
             return None
-        self._size = link.size  # the survivors' share of the new mean
         owed = self.owed()
         self._settle()
         return owed
@@ -163,7 +167,7 @@ class TwoWayExchange:
 
     def keep_back(self, residual: Tensor) -> None:
         """``residual -=`` what this rank has sent to the owners."""
-        self._up.accumulate(self._sent.wires, residual, -1.0)
+        self._up.keep_back(self._sent.wires, residual)
 
     def deliver(self, target: Tensor, alpha: float) -> None:
         """``target += alpha *`` what the owners have sent; the same bits on every rank."""

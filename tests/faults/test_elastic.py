@@ -1,4 +1,4 @@
-"""Elastic Horovod: a rank joins a running job."""
+"""Elastic Horovod: a rank joins a running job, or leaves it."""
 
 from __future__ import annotations
 
@@ -12,11 +12,21 @@ import pytest
 
 from tests.multirank.harness import HERE
 
+CASES = [
+    ("def", "momentum", 1, 2),
+    ("ef", "momentum", 1, 2),
+    ("dist-ef", "momentum", 2, 1),
+    *(pytest.param(*case, marks=pytest.mark.full) for case in (
+        ("def", "none", 1, 2), ("dist-ef", "none", 1, 2), ("liec", "none", 1, 2),
+        ("def", "momentum", 2, 1), ("ef", "none", 2, 1), ("liec", "none", 2, 1),
+    )),
+]
 
-@pytest.mark.parametrize(("name", "momentum"), [("def", "momentum"), ("ef", "momentum"), ("def", "none")])
-def test_a_rank_joins(name: str, momentum: str, tmp_path: Path) -> None:
+
+@pytest.mark.parametrize(("name", "momentum", "before", "after"), CASES)
+def test_the_number_of_ranks_changes(name: str, momentum: str, before: int, after: int, tmp_path: Path) -> None:
     hosts = tmp_path / "hosts"
-    hosts.write_text("localhost:1\n")
+    hosts.write_text(f"localhost:{before}\n")
     discovery = tmp_path / "discover.sh"
     discovery.write_text(f"#!/bin/sh\ncat {hosts}\n")
     discovery.chmod(0o755)
@@ -24,9 +34,9 @@ def test_a_rank_joins(name: str, momentum: str, tmp_path: Path) -> None:
     script = Path(__file__).parent / "elastic.py"
     # Horovod waits for a second host to find common interfaces, unless they are named.
     command = [
-        str(binaries / "horovodrun"), "--gloo", "-np", "1", "--min-np", "1", "--max-np", "2",
+        str(binaries / "horovodrun"), "--gloo", "-np", str(before), "--min-np", "1", "--max-np", "2",
         "--network-interfaces", "lo", "--host-discovery-script", str(discovery),
-        sys.executable, str(script), str(hosts), name, momentum,
+        sys.executable, str(script), str(hosts), name, momentum, f"{before}-{after}",
     ]
     settings = {
         **os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1",
@@ -42,5 +52,5 @@ def test_a_rank_joins(name: str, momentum: str, tmp_path: Path) -> None:
         output, _ = process.communicate()
         pytest.fail(f"killed after 150 s\n{output}")
     assert process.returncode == 0, output
-    assert output.count("finished on 2 ranks") == 2, output
+    assert output.count(f"finished on {after} ranks") == after, output
     assert "residual kept" in output, output
