@@ -15,6 +15,7 @@ from hvd_compress import amp, arguments, collectives, initialising, local_gradie
 from hvd_compress.algorithms import Algorithm, Dense
 from hvd_compress.arguments import Groups
 from hvd_compress.collectives import Adasum, Average, Compression, Link, global_process_set
+from hvd_compress.compressors import Cast
 from hvd_compress.consensus import Consensus
 from hvd_compress.exchange import Reduction
 from hvd_compress.reducer import Reducer
@@ -84,7 +85,7 @@ def DistributedOptimizer(
                 "or op=Adasum with Dense()"
             )
         if isinstance(compression, Algorithm):
-            compression = Compression.none if algorithm == Dense() else Compression.fp16
+            compression = Compression.fp16 if algorithm == Dense(Cast(torch.float16)) else Compression.none
         return collectives.horovod_optimizer(
             optimizer, named_parameters, compression, backward_passes_per_step, op, gradient_predivide_factor,
             0, groups, sparse_as_dense, process_set,

@@ -58,28 +58,32 @@ class Policy(Algorithm):
             if not all(isinstance(key, kind) for key, _ in pairs):
                 raise ValueError(f"Policy: {argument}={value!r} is not allowed; its keys must be {kind.__name__}s")
             object.__setattr__(self, argument, pairs)
-        for algorithm in self._algorithms:
-            self._check(algorithm)
+        self._check("default", self.default)
+        for argument, rules in (("patterns", self._patterns), ("groups", self._groups)):
+            for key, algorithm in rules:
+                self._check(f"{argument}[{key!r}]", algorithm)
 
-    def _check(self, algorithm: object) -> None:
+    def _check(self, argument: str, algorithm: object) -> None:
         if not isinstance(algorithm, Algorithm) or isinstance(algorithm, Policy):
-            raise ValueError(f"Policy: {algorithm!r} is not allowed; it must be an algorithm such as EF(...), Dense()")
+            raise ValueError(
+                f"Policy: {argument}={algorithm!r} is not allowed; it must be an algorithm such as EF(...), Dense()"
+            )
         if isinstance(algorithm, Dense):
             return
         if algorithm.exchanges_updates != self.default.exchanges_updates:
             kinds = {True: "updates, after the local step", False: "gradients, before it"}
             raise ValueError(
-                f"Policy: {algorithm!r} cannot be combined with default={self.default!r}: one exchanges "
+                f"Policy: {argument}={algorithm!r} cannot be combined with default={self.default!r}: one exchanges "
                 f"{kinds[algorithm.exchanges_updates]}, the other {kinds[self.default.exchanges_updates]}"
             )
         if algorithm.local_steps != self.default.local_steps:
             raise ValueError(
-                f"Policy: {algorithm!r} has local_steps={algorithm.local_steps}, default={self.default!r} "
+                f"Policy: {argument}={algorithm!r} has local_steps={algorithm.local_steps}, default={self.default!r} "
                 f"{self.default.local_steps}; they must be equal, as all parameters are exchanged together"
             )
         if algorithm.clip_norm not in (None, self.default.clip_norm):
             raise ValueError(
-                f"Policy: {algorithm!r} has clip_norm={algorithm.clip_norm}, default={self.default!r} "
+                f"Policy: {argument}={algorithm!r} has clip_norm={algorithm.clip_norm}, default={self.default!r} "
                 f"{self.default.clip_norm}; give it to the default, as the norm of all gradients together is clipped"
             )
 
@@ -119,7 +123,7 @@ class Policy(Algorithm):
         parameter = entry.parameter
         for pattern, algorithm in self._patterns:
             if fnmatchcase(entry.name, pattern):
-                return self._kindred(algorithm)
+                return self._kindred(algorithm).choose(entry)
         if parameter.numel() < self.dense_below or parameter.dim() <= self.dense_dims:
             return self._kindred(Dense())
         for index, algorithm in self._groups:

@@ -16,8 +16,9 @@ class Stats:
         total_bytes_sent: everything sent since the optimizer was built, ``consensus`` and ``flush`` included.
         dense_bytes: what the last exchange would have sent uncompressed, in the parameters' dtype.
         ratio: ``dense_bytes / bytes_sent`` (1.0 when nothing is sent, at one rank).
-        residual_norm: l2 norm of what this rank holds back, in update units for DEF, in gradient units
-            for EF; 0.0 for algorithms that hold nothing back.
+        residual_norm: l2 norm of what this rank holds back, as worker and as server: in update units where
+            updates are exchanged (DEF, DistEF, GlobalSketch, GlobalTopK), in gradient units for EF and LIEC; 0.0
+            where nothing is held back.
         encode_seconds: time of the last step spent compensating and encoding, on the host.
         decode_seconds: time of the last step spent decoding and placing.
         wait_seconds: time of the last step spent waiting for collectives.

@@ -18,9 +18,9 @@ def in_range(owner: str, argument: str, value: Any, low: float, high: float, *, 
         raise ValueError(f"{owner}: {argument}={value!r} is not allowed; it must be a number in {allowed}")
 
 
-def density(owner: str, value: Any) -> None:
+def density(owner: str, value: Any, argument: str = "density") -> None:
     """Raise ValueError unless ``value`` is a fraction of elements, 0 < density <= 1."""
-    in_range(owner, "density (the fraction of elements sent)", value, 0.0, 1.0, low_open=True)
+    in_range(owner, f"{argument} (the fraction of elements sent)", value, 0.0, 1.0, low_open=True)
 
 
 def integer(owner: str, argument: str, value: Any, low: int) -> None:

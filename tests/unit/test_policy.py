@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 from torch import nn
 
@@ -43,6 +46,23 @@ def test_an_algorithm_that_leaves_parameters_to_another_is_asked_too() -> None:
     policy = Policy(DEF(BLOCK), groups={1: GlobalSketch()})
     assert isinstance(chosen(policy, 4, group=1), DEF)  # vectors
     assert isinstance(chosen(policy, 4, 4, group=1), GlobalSketch)
+    by_name = Policy(DEF(BLOCK), patterns={"*": GlobalSketch(), "never": GlobalSketch(dense_vectors=False)})
+    assert isinstance(chosen(by_name, 4), DEF)
+    assert isinstance(chosen(by_name, 4, 4), GlobalSketch)
+
+
+@pytest.mark.parametrize(("rules", "argument"), [
+    ({"default": 3}, "default=3"),
+    ({"patterns": {"*.bias": "dense"}}, "patterns['*.bias']='dense'"),
+    ({"groups": {1: BLOCK}}, "groups[1]=RandomBlock"),
+    ({"groups": {1: DEF(BLOCK)}}, "groups[1]=DEF"),
+    ({"default": DEF(BLOCK), "patterns": {"a": DEF(BLOCK, local_steps=2)}}, "patterns['a']=DEF"),
+    ({"default": DEF(BLOCK), "patterns": {"a": DEF(BLOCK, clip_norm=2.0)}}, "patterns['a']=DEF"),
+])
+def test_a_wrong_rule_is_named(rules: dict[str, Any], argument: str) -> None:
+    with pytest.raises(ValueError, match="Policy") as refusal:
+        Policy(**{"default": EF(BLOCK), **rules})
+    assert argument in str(refusal.value)
 
 
 def test_what_one_rule_needs_the_policy_needs() -> None:
