@@ -30,29 +30,32 @@ def heavy_ball() -> reference.SGD:
 
 def compare(
     algorithm: Any, expected: plain.FlatRun, make: Callable[[], reference.SGD], tolerance: float = 1e-5,
-    steps: int = STEPS,
+    rates: Callable[[int], float] = schedule, dtype: torch.dtype = torch.float64,
 ) -> Any:
-    """Train as the reference has been trained and compare everything there is; returns the optimizer."""
-    config = make()
-    model = network(torch.float64)
+    """Train as the reference has been trained and compare x and z after every step; returns the optimizer."""
+    config, steps = make(), len(expected.trail)
+    model = network(dtype)
     plain_sgd = torch.optim.SGD(
         model.parameters(), lr=0.02, momentum=config.momentum, weight_decay=config.weight_decay,
         nesterov=config.nesterov,
     )
     optimizer = wrap(model, plain_sgd, algorithm)
+    points: list[torch.Tensor] = []
     history: list[torch.Tensor] = []
 
     def remember(t: int) -> None:
+        points.append(flat(model))
         with optimizer.consensus():
             history.append(flat(model))
 
-    train(model, optimizer, steps, schedule, after_step=remember)
+    train(model, optimizer, steps, rates, after_step=remember)
     same_everywhere(torch.cat(history), f"x at some step with {algorithm}")
-    close(flat(model), _ordered(expected.z[hvd.rank()]), tolerance, f"z with {algorithm}")
-    close(history[-1], _ordered(expected.x), tolerance, f"x with {algorithm}")
+    for t, (x, z) in enumerate(expected.trail):
+        close(points[t], _ordered(z[hvd.rank()]), tolerance, f"z after step {t} with {algorithm}, {dtype}")
+        close(history[t], _ordered(x), tolerance, f"x after step {t} with {algorithm}, {dtype}")
     # With EF momentum comes after the exchange: what is held back is not yet an update.
     if algorithm.exchanges_updates or isinstance(algorithm, LIEC):
-        lr = 1.0 if algorithm.exchanges_updates else schedule(steps - 1)
+        lr = 1.0 if algorithm.exchanges_updates else rates(steps - 1)
         held = reference.mean(expected.e) + expected.s
         with optimizer.consensus("virtual"):
             close(flat(model), _ordered(expected.x - lr * held), tolerance, f"y with {algorithm}")

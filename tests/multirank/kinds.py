@@ -1,15 +1,18 @@
-"""Compressors that the papers' algorithms permit, each with what it does to a vector in numpy."""
+"""What the papers' algorithms permit: compressors, each with what it does to a vector in numpy; ways of a sketch."""
 
 from __future__ import annotations
 
 from typing import Callable, Optional
 
+import horovod.torch as hvd
 import reference_flat as plain
 from everything import FULL
 
-from hvd_compress import BlockSign, Compressor, Identity, RandomBlock, RandomK, TopK
+from hvd_compress import BlockSign, Compressor, CountSketch, Identity, RandomBlock, RandomK, TopK
 
 BLOCK, RANDOM = RandomBlock(density=1 / 4, seed=5), RandomK(density=1 / 4, seed=7)
+SKETCH = CountSketch(columns=16, rows=3, seed=4)
+MPI = hvd.mpi_enabled
 
 
 def sign_image(block_size: Optional[int]) -> Callable[..., plain.Map]:
@@ -28,3 +31,7 @@ ALL: dict[str, tuple[Compressor, Callable[..., plain.Map]]] = {
     "short signs": (BlockSign(block_size=4), sign_image(4)),
 }
 KINDS = ALL if FULL else {kind: ALL[kind] for kind in ("block", "top", "signs")}  # every kind of exchange, once
+
+
+def exchanges() -> tuple[str, ...]:
+    return ("allreduce", "allgather", "tree") if MPI() or hvd.size() == 1 else ("allreduce", "allgather")

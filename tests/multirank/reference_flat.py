@@ -115,12 +115,13 @@ def alone(compress: Map) -> Joint:
 
 @dataclass
 class FlatRun:
-    """State after a run, as flat vectors."""
+    """State after a run, as flat vectors; ``trail`` has x and all z after each step."""
 
     x: Array
     e: list[Array]
     z: list[Array]
     s: Array
+    trail: list[tuple[Array, list[Array]]]
 
 
 def _gradients(points: Sequence[Array], t: int) -> list[Tensors]:
@@ -164,7 +165,7 @@ def detached(
     measured, now = np.zeros(2), 0.3 if coefficient is None else coefficient
     x = to_flat(reference.initial())
     e, z = [np.zeros(TOTAL) for _ in range(ranks)], [x.copy() for _ in range(ranks)]
-    optimizers = [make() for _ in range(ranks)]
+    optimizers, trail = [make() for _ in range(ranks)], []
     for t in range(steps):
         r = _decay(schedule, t, rescale)
         p = [r * e[k] + u for k, u in enumerate(_updates(z, t, schedule(t), optimizers, clip))]
@@ -172,13 +173,14 @@ def detached(
         x = x - reference.mean(c)
         e = [p[k] - c[k] for k in range(ranks)]
         z = [x - now * e[k] for k in range(ranks)]
+        trail.append((x, z))
         for k in range(ranks if masking else 0):
             _mask(optimizers[k], c[k] != 0)
         if coefficient is None:
             norms = np.array([np.sum(reference.mean(c) ** 2), np.mean([np.sum(v**2) for v in c])])
             measured = 0.9 * measured + 0.1 * norms
             now = min(1.0, measured[0] / measured[1])
-    return FlatRun(x, e, z, np.zeros(TOTAL))
+    return FlatRun(x, e, z, np.zeros(TOTAL), trail)
 
 
 def error_feedback(
@@ -186,7 +188,7 @@ def error_feedback(
     rescale: bool = True,
 ) -> FlatRun:
     """EF on gradients."""
-    x, optimizer = to_flat(reference.initial()), make()
+    x, optimizer, trail = to_flat(reference.initial()), make(), []
     e = [np.zeros(TOTAL) for _ in range(ranks)]
     for t in range(steps):
         r = _ratio(schedule, t, rescale)
@@ -194,7 +196,8 @@ def error_feedback(
         c = compress(p, t)
         e = [p[k] - c[k] for k in range(ranks)]
         x = x - to_flat(optimizer.update(from_flat(x), from_flat(reference.mean(c)), schedule(t)))
-    return FlatRun(x, e, [x] * ranks, np.zeros(TOTAL))
+        trail.append((x, [x] * ranks))
+    return FlatRun(x, e, [x] * ranks, np.zeros(TOTAL), trail)
 
 
 def dist_ef(
@@ -207,7 +210,7 @@ def dist_ef(
     """
     x, s = to_flat(reference.initial()), np.zeros(TOTAL)
     e, z = [np.zeros(TOTAL) for _ in range(ranks)], [x] * ranks
-    optimizers = [make() for _ in range(ranks)]
+    optimizers, trail = [make() for _ in range(ranks)], []
     for t in range(steps):
         r = _decay(schedule, t, rescale)
         p = [r * e[k] + u for k, u in enumerate(_updates(z, t, schedule(t), optimizers))]
@@ -218,7 +221,8 @@ def dist_ef(
         s = total - answer
         x = x - answer
         z = [x - coefficients * e[k] for k in range(ranks)]
-    return FlatRun(x, e, z, s)
+        trail.append((x, z))
+    return FlatRun(x, e, z, s, trail)
 
 
 def liec(
@@ -227,7 +231,7 @@ def liec(
 ) -> FlatRun:
     """LIEC-SGD: the local error is applied at once, only the server's persists."""
     z, s = [to_flat(reference.initial()) for _ in range(ranks)], np.zeros(TOTAL)
-    optimizers = [make() for _ in range(ranks)]
+    optimizers, trail = [make() for _ in range(ranks)], []
     for t in range(steps):
         s = s * _ratio(schedule, t, rescale)
         g = [to_flat(gradient) for gradient in _gradients(z, t)]
@@ -243,7 +247,8 @@ def liec(
             d = [q + g[k] - sent[k] for k in range(ranks)]
         moved = [o.update(from_flat(z[k]), from_flat(d[k]), schedule(t)) for k, o in enumerate(optimizers)]
         z = [z[k] - to_flat(moved[k]) for k in range(ranks)]
-    return FlatRun(reference.mean(z), [np.zeros(TOTAL)] * ranks, z, s)
+        trail.append((reference.mean(z), z))
+    return FlatRun(reference.mean(z), [np.zeros(TOTAL)] * ranks, z, s, trail)
 
 
 def global_sketch(
@@ -254,7 +259,7 @@ def global_sketch(
 
     Coordinates that are in no row are averaged at once.
     """
-    x = to_flat(reference.initial())
+    x, trail = to_flat(reference.initial()), []
     v, optimizers = [np.zeros(TOTAL) for _ in range(ranks)], [make() for _ in range(ranks)]
     for t in range(steps):
         decay = _decay(schedule, t, rescale)
@@ -278,7 +283,8 @@ def global_sketch(
             v[r][chosen] = 0
             if masking:
                 _mask(optimizers[r], chosen)
-    return FlatRun(x, v, [x] * ranks, np.zeros(TOTAL))
+        trail.append((x, [x] * ranks))
+    return FlatRun(x, v, [x] * ranks, np.zeros(TOTAL), trail)
 
 
 def global_topk(
@@ -286,7 +292,7 @@ def global_topk(
     rescale: bool = True,
 ) -> FlatRun:
     """gTop-k; what a merge drops stays with the rank that merged."""
-    x, keep = to_flat(reference.initial()), top(density)
+    x, keep, trail = to_flat(reference.initial()), top(density), []
     e, optimizers = [np.zeros(TOTAL) for _ in range(ranks)], [make() for _ in range(ranks)]
     for t in range(steps):
         decay = _decay(schedule, t, rescale)
@@ -302,4 +308,5 @@ def global_topk(
                     e[r] = e[r] + total - offers[r]
             distance *= 2
         x = x - offers[0] / ranks
-    return FlatRun(x, e, [x] * ranks, np.zeros(TOTAL))
+        trail.append((x, [x] * ranks))
+    return FlatRun(x, e, [x] * ranks, np.zeros(TOTAL), trail)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Mapping, Sequence
+from typing import Callable, Mapping, Sequence
 
 import numpy as np
 import reference
@@ -11,7 +11,8 @@ import torch
 from reference import Array
 from reference_flat import Map
 
-from hvd_compress.compressors import hashing
+from hvd_compress import CountSketch
+from hvd_compress.compressors import Layout, hashing
 from hvd_compress.compressors.draws import tensor_key
 
 
@@ -58,3 +59,23 @@ def power_sgd(rank: int) -> plain.Joint:
         return [plain.to_flat(mean)] * len(vectors)
 
     return compress
+
+
+def matrix_of(
+    sketch: CountSketch, names: tuple[str, ...] = plain.ORDER
+) -> Callable[[int], tuple[Array, int]]:
+    """The sketch of these tensors as a matrix, column by column from unit vectors; zero columns for others."""
+    layout = Layout(names, tuple(plain.SIZES[name] for name in names))
+    codec = sketch.codec(layout, torch.float64, torch.device("cpu"))
+    sketched = np.concatenate([np.full(size, name in names) for name, size in plain.SIZES.items()])
+
+    def at(step: int) -> tuple[Array, int]:
+        codec.begin(step)
+        matrix = np.zeros((codec.numel, plain.TOTAL))
+        for place, unit in zip(np.flatnonzero(sketched), torch.eye(layout.total, dtype=torch.float64)):
+            wire = torch.zeros(codec.numel, dtype=codec.dtype)
+            codec.encode(unit, wire)
+            matrix[:, place] = wire.numpy()
+        return matrix, sketch.rows
+
+    return at

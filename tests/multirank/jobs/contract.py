@@ -156,6 +156,41 @@ def check_backward_passes_per_step() -> None:
         optimizer.step()
 
 
+def check_predivide_keeps_sums_in_range() -> None:
+    """What it is for: gradients whose sum float16 cannot hold are divided before, also in groups."""
+    if hvd.size() == 1:
+        return
+    for groups in (None, 2):
+        for factor, fits in ((1.0, False), (float(hvd.size()), True)):
+            model = nn.Linear(4, 3).half()
+            optimizer = wrap(model, sgd(model), Dense(), gradient_predivide_factor=factor, groups=groups)
+            (model.weight.sum() * 4e4 + model.bias.sum() * 4e4).backward()
+            optimizer.synchronize()
+            for p in model.parameters():
+                whole = bool(torch.isfinite(p.grad).all())
+                assert whole == fits, f"predivide by {factor}, groups={groups}: {p.grad}"
+                if fits:
+                    close(p.grad, torch.full_like(p.grad, 4e4), 1e-3, "the mean")
+
+
+def check_groups_decide_what_travels_together() -> None:
+    for compression in (*EXACT, *BLOCKS):
+        if compression.exchanges_updates:
+            continue  # all travel together after the step
+        for form, wanted in (
+            ([[0, 3], [1]], [{"0.weight", "2.bias"}, {"0.bias"}, {"2.weight"}]),
+            (4, [{"0.weight"}, {"0.bias"}, {"2.weight"}, {"2.bias"}]),
+            (1, [{"0.weight", "0.bias", "2.weight", "2.bias"}]),
+        ):
+            model = network()
+            p = list(model.parameters())
+            groups: Any = [[p[i] for i in group] for group in form] if isinstance(form, list) else form
+            optimizer = wrap(model, sgd(model), compression, groups=groups)
+            train(model, optimizer, 2, lambda t: 0.1)
+            found = [set(state.bucket.layout.names) for state in optimizer._reducer.states]
+            assert sorted(map(sorted, found)) == sorted(map(sorted, wanted)), f"{found} with {compression}, {groups}"
+
+
 def check_groups_change_nothing() -> None:
     for compression in (*EXACT, *BLOCKS):
         results = []
@@ -187,6 +222,26 @@ def check_clipping_between_synchronize_and_step() -> None:
         with optimizer.consensus():
             same_everywhere(flat(model), "x")
             close(flat(model), flat(network()), 3 * 0.1 * 1.1e-3, "three clipped steps are short")
+
+
+def check_clipping_acts_on_what_synchronize_leaves() -> None:
+    """The mean, or (where updates travel) this rank's own gradient."""
+    for compression in EXACT:
+        model, twin = network(torch.float64), network(torch.float64)
+        optimizer = wrap(model, sgd(model), compression)
+        loss_of(model, hvd.rank(), 0).backward()
+        optimizer.synchronize()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+        with optimizer.skip_synchronize():
+            optimizer.step()
+        loss_of(twin, hvd.rank(), 0).backward()
+        local = compression.exchanges_updates
+        gradient = torch.cat([p.grad.reshape(-1) for p in twin.parameters()])
+        gradient = gradient if local else hvd.allreduce(gradient, name="test.clip.first")
+        clipped = 0.01 * gradient / torch.linalg.vector_norm(gradient)
+        clipped = hvd.allreduce(clipped, name="test.clip.last") if local else clipped
+        with optimizer.consensus():
+            close(flat(network(torch.float64)) - flat(model), 0.1 * clipped, 1e-4, f"the step with {compression}")
 
 
 def check_one_optimizer_for_each_of_two_models() -> None:

@@ -15,7 +15,7 @@ from everything import EXACT, LOSSY
 
 RANKS = (2,)
 FULL_RANKS = (1, 3, 4, 8)
-MPI_RANKS = (3,)
+MPI_RANKS = (3, 8)
 STEPS = 10
 
 

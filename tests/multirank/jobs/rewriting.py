@@ -16,6 +16,7 @@ from hvd_compress import DEF, LIEC, DistEF, Policy
 
 RANKS = (2,)
 FULL_RANKS = (1, 3, 4)
+MPI_RANKS = (2,)
 LOSSY = (*everything.LOSSY, DEF(BLOCK, 0.0), DEF(BLOCK, "auto"), Policy(LIEC(BLOCK, 4), dense_dims=1))
 # With a shared model of their own.
 SHARING = (DEF(BLOCK, 0.0), DEF(BLOCK, 0.3), DEF(BLOCK, "auto"), DistEF(), Policy(DEF(BLOCK), dense_dims=1))

@@ -14,6 +14,7 @@ from hvd_compress import DEF, EF, Dense, RandomBlock, TopK
 
 RANKS = (2,)
 FULL_RANKS = (1, 3)
+MPI_RANKS = (2,)
 ALL = (*EXACT, *LOSSY)
 SCALE = 2.0**10
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable
+from typing import Any
 
 import harness
 import horovod.torch as hvd
@@ -12,40 +12,15 @@ import reference_flat as plain
 import torch
 from common import close, flat, joined, loss_of, network, raises, same_everywhere, train, wrap
 from comparing import STEPS, compare, heavy_ball, keep_mass, schedule
+from kinds import MPI, SKETCH, exchanges
+from reference_more import matrix_of
 
 from hvd_compress import DEF, EF, CountSketch, GlobalSketch, GlobalTopK, LowRank
-from hvd_compress.compressors import Layout
 
 RANKS = (2,)
 FULL_RANKS = (1, 3, 4)
 MPI_RANKS = (2, 3, 4, 5)
-MPI = hvd.mpi_enabled
-SKETCH = CountSketch(columns=16, rows=3, seed=4)
 EXACT = CountSketch(density=1.0, rows=3)
-
-
-def matrix_of(
-    sketch: CountSketch, names: tuple[str, ...] = plain.ORDER
-) -> Callable[[int], tuple[reference.Array, int]]:
-    """The sketch of these tensors as a matrix, column by column from unit vectors; zero columns for others."""
-    layout = Layout(names, tuple(plain.SIZES[name] for name in names))
-    codec = sketch.codec(layout, torch.float64, torch.device("cpu"))
-    sketched = np.concatenate([np.full(size, name in names) for name, size in plain.SIZES.items()])
-
-    def at(step: int) -> tuple[reference.Array, int]:
-        codec.begin(step)
-        matrix = np.zeros((codec.numel, plain.TOTAL))
-        for place, unit in zip(np.flatnonzero(sketched), torch.eye(layout.total, dtype=torch.float64)):
-            wire = torch.zeros(codec.numel, dtype=codec.dtype)
-            codec.encode(unit, wire)
-            matrix[:, place] = wire.numpy()
-        return matrix, sketch.rows
-
-    return at
-
-
-def exchanges() -> tuple[str, ...]:
-    return ("allreduce", "allgather", "tree") if MPI() or hvd.size() == 1 else ("allreduce", "allgather")
 
 
 def check_global_sketch() -> None:

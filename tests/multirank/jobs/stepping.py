@@ -18,6 +18,7 @@ from hvd_compress import DEF, EF, LIEC, Dense, Policy, RandomBlock
 
 RANKS = (2,)
 FULL_RANKS = (1, 3)
+MPI_RANKS = (2,)
 
 
 def sgd(model: nn.Module) -> torch.optim.SGD:

@@ -41,23 +41,25 @@ WARM_TOP, WARM_BLOCK = Warmup(TopK(0.1), STAGES, 30), Warmup(BLOCK, STAGES, 30)
 SERVERS = {kind: ALL[kind] for kind in ("identity", "block", "top", "short signs")}
 
 
-def compare_both(compressor: Compressor, make: Callable[[], plain.Joint]) -> None:
+def compare_both(compressor: Compressor, make: Callable[[], plain.Joint], tolerance: float = 1e-5) -> None:
     """EF and DEF; ``make`` as joint payloads remember the last step."""
     expected = plain.error_feedback(hvd.size(), STEPS, make(), schedule, nesterov)
-    compare(EF(compressor), expected, nesterov)
-    compare(DEF(compressor, 0.3), plain.detached(hvd.size(), STEPS, 0.3, make(), schedule, nesterov), nesterov)
+    compare(EF(compressor), expected, nesterov, tolerance)
+    expected = plain.detached(hvd.size(), STEPS, 0.3, make(), schedule, nesterov)
+    compare(DEF(compressor, 0.3), expected, nesterov, tolerance)
 
 
 def check_low_rank() -> None:
-    for rank in (1, 2) if FULL else (1,):
-        compare_both(LowRank(rank), lambda rank=rank: more.power_sgd(rank))  # type: ignore[misc]
+    # Of rank 2, at 2 ranks, the reference itself moves by 8e-6 in 100 steps when it begins 1e-15 away.
+    for rank, tolerance in ((1, 1e-5), (2, 1e-4)) if FULL else ((1, 1e-5),):
+        compare_both(LowRank(rank), lambda rank=rank: more.power_sgd(rank), tolerance)  # type: ignore[misc]
 
 
 def check_warm_up() -> None:
     tops = [plain.top(density) for density in (*STAGES, 0.1)]
     compare_both(WARM_TOP, lambda: plain.alone(more.staged(tops, 30)))
-    blocks = [plain.selected(WARM_BLOCK.at(step).selection) for step in (0, 30, 60)]  # type: ignore[attr-defined]
-    compare_both(WARM_BLOCK, lambda: plain.alone(more.staged(blocks, 30)))
+    blocks = [plain.selected(WARM_BLOCK.at(step).selection) for step in (30, 60)]  # type: ignore[attr-defined]
+    compare_both(WARM_BLOCK, lambda: plain.alone(more.staged([plain.identity, *blocks], 30)))
 
 
 def check_cast() -> None:
@@ -109,7 +111,7 @@ def check_other_servers() -> None:
         steps = 5 if b == "short signs" and a != "identity" else STEPS
         up, down = SERVERS[a][1](cuts, ""), SERVERS[b][1](cuts, "server/")
         expected = plain.dist_ef(hvd.size(), steps, up, down, schedule, nesterov)
-        compare(DistEF(SERVERS[a][0], SERVERS[b][0]), expected, nesterov, steps=steps)
+        compare(DistEF(SERVERS[a][0], SERVERS[b][0]), expected, nesterov)
     own = RandomBlock(density=1 / 2, seed=11)
     down = plain.selected(own.selection, cuts, "server/")
     expected = plain.dist_ef(hvd.size(), STEPS, SERVERS["block"][1](cuts, ""), down, schedule, nesterov)
