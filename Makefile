@@ -7,6 +7,7 @@ NP ?= 2
 PYTEST := env PATH="$(VENV)/bin:$$PATH" $(PY) -m pytest
 export VENV
 
+.DEFAULT_GOAL := setup
 .PHONY: help setup train test test-full test-slurm lint bench volume convergence papers clean distclean
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*##/\t/' | expand -t 14
@@ -21,7 +22,7 @@ test: setup lint ## everything quick: lint, unit tests, real jobs of 1 to 4 rank
 	@$(PYTEST) -q -m "not full" tests
 
 test-full: setup lint ## also the slow ones: more rank counts, 8 ranks, mpirun
-	@$(PYTEST) -q tests
+	@HVD_COMPRESS_FULL=1 $(PYTEST) -q tests
 
 test-slurm: setup ## a real SLURM on this machine: install, start, submit, check, stop (root)
 	@scripts/slurm_cluster.sh test

@@ -242,10 +242,11 @@ print(f"[slurm] 2 ranks in one job, {epochs} epochs, test accuracy {log['epochs'
 PY
 }
 
-check() { # NAME SBATCH-ARGUMENTS...
-  local name=$1 out=$dir/run-$1 epochs=2 lines
-  shift
-  submit "$@" --compression def --epochs $epochs --train-samples 256 --width 4 --output "$out" \
+check() { # NAME "HOW TO COMPRESS" SBATCH-ARGUMENTS...
+  local name=$1 out=$dir/run-$1 epochs=2 lines how
+  read -ra how <<<"--compression $2"
+  shift 2
+  submit "$@" "${how[@]}" --epochs $epochs --train-samples 256 --width 4 --output "$out" \
     || die "$name: the job did not succeed"
   check_training "$out" $epochs || die "$name: this was no training on two ranks"
   lines=$(grep -c "test accuracy" "$log" || true)
@@ -261,9 +262,11 @@ run_test() {
   trap 'exit 130' INT TERM
   chmod 755 "$dir" # munge's clients look into it
   boot
-  check one-node slurm/train.sbatch
-  check two-nodes --nodes=2 --ntasks-per-node=1 slurm/train.sbatch
-  check horovodrun slurm/train_horovodrun.sbatch
+  check one-node def slurm/train.sbatch
+  check two-nodes def --nodes=2 --ntasks-per-node=1 slurm/train.sbatch
+  check tree "gs-sgd --sketch-exchange tree" --nodes=2 --ntasks-per-node=1 slurm/train.sbatch
+  check merges gtop-k slurm/train.sbatch
+  check horovodrun def slurm/train_horovodrun.sbatch
   say "both sbatch files train with two ranks"
 }
 
