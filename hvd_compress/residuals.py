@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hvd_compress.algorithms.states import HELD_BACK, State, UpdateState
-from hvd_compress.buckets import Mirror
+from hvd_compress.buckets import Entry, Mirror
 from hvd_compress.reducer import Reducer
 
 KEY = "hvd_compress"
@@ -41,8 +41,9 @@ def collect(states: Sequence[State]) -> dict[str, Any]:
 
 
 def scalars_of(state: State, saved: Mapping[str, Any]) -> Optional[Mapping[str, Any]]:
-    """The saved scalars for a bucket: those of its first parameter that has some."""
-    return next((saved[name] for name in state.bucket.layout.names if name in saved), None)
+    """The saved scalars for a bucket: those of its first parameter that has some of a state like this one."""
+    names = state.bucket.layout.names
+    return next((saved[name] for name in names if name in saved and state.accepts(saved[name])), None)
 
 
 def may_restore_residual(saved: Mapping[str, Any], owner: str, rank: int, size: int) -> bool:
@@ -71,19 +72,18 @@ def restore(states: Sequence[State], saved: Mapping[str, Any], own: bool) -> lis
     taken: set[tuple[str, str]] = set()
     for state in states:
         names, scalars = state.bucket.layout.names, saved["scalars"]
-        common = scalars_of(state, scalars)
-        alike = common is None or state.accepts(common)
-        if not alike:
-            _forget(state)
-        elif common is not None:
+        alike = [name not in scalars or state.accepts(scalars[name]) for name in names]
+        if (common := scalars_of(state, scalars)) is not None:
             state.load_scalars(common)
-        state.expect(saved["buffers"] if alike else ())
+        state.expect(saved["buffers"] if any(alike) else ())
         for kind, mirror in state.buffers().items():
-            if not alike and kind != "shared":
-                continue
             stored: Mapping[str, Tensor] = saved["buffers"].get(kind, {})
-            taken.update((kind, name) for name in names)
             for index, (name, view) in enumerate(zip(names, mirror.views)):
+                if not alike[index] and kind != "shared":
+                    if kind in HELD_BACK:
+                        view.zero_()
+                    continue
+                taken.add((kind, name))
                 source = stored.get(name)
                 # Another rank's residual still tells its point from a model of the user's.
                 if source is None or (not own and kind in ("local", "server")):
@@ -93,6 +93,8 @@ def restore(states: Sequence[State], saved: Mapping[str, Any], own: bool) -> lis
                     _restore_shard(state, index, mirror, source, saved["begins"][name], factor)
                     continue
                 if source.shape != view.shape:
+                    if kind not in HELD_BACK and kind not in ("shared", "local"):
+                        continue  # a start for the next step, by a compressor of other arguments
                     raise ValueError(
                         f"load_state_dict: {kind} of parameter {name!r} has shape {tuple(source.shape)} in the saved "
                         f"state and {tuple(view.shape)} here; load a state of the same model"
@@ -117,8 +119,9 @@ def _warn_of_losses(saved: Mapping[str, Any], taken: set[tuple[str, str]]) -> No
     if lost:
         warnings.warn(
             f"hvd_compress: the optimizer state holds back updates of {len(set(lost))} parameter(s), the first "
-            f"{lost[0]!r}, by an algorithm other than the one they have here (rank {saved['rank']}); they are lost. "
-            "Call optimizer.flush() on all ranks before saving a state that another algorithm is to load",
+            f"{lost[0]!r}, for which there is no place here (rank {saved['rank']}): they have another algorithm now, "
+            "or are not trained; what was held back is lost. Call optimizer.flush() on all ranks before saving a state "
+            "that is to be loaded so",
             stacklevel=5,
         )
 
@@ -134,9 +137,14 @@ def _restore_shard(state: State, index: int, mirror: Mirror, source: Tensor, beg
     state.take_back(index, begin, values)
 
 
-def _keeps_own_momentum(reducer: Reducer) -> bool:
-    """Whether each rank's wrapped optimizer sees gradients, or directions, of its own."""
-    return reducer.algorithm.exchanges_updates or reducer.algorithm.local_models
+def _with_own_momentum(reducer: Reducer, optimizer: torch.optim.Optimizer) -> list[str]:
+    """Names of the parameters of which each rank's wrapped optimizer sees gradients, or directions, of its own."""
+    entries = (
+        Entry(p, reducer.names[p], index)
+        for index, group in enumerate(optimizer.param_groups) for p in group["params"] if p in reducer.names
+    )
+    chosen = ((entry.name, reducer.algorithm.choose(entry)) for entry in entries)
+    return [name for name, algorithm in chosen if algorithm.exchanges_updates or algorithm.local_models]
 
 
 def _forget(state: State) -> None:
@@ -181,10 +189,12 @@ class Keeper:
             mine = {
                 "format": FORMAT, "owner": self._owner, "rank": reducer.link.rank, "size": reducer.link.size,
                 "step": reducer.step, "local_steps_done": reducer.local_steps_done,
-                "own_momentum": _keeps_own_momentum(reducer), **collect(reducer.states),
+                "own_momentum": self._own_momentum(),
+                **collect(reducer.states),
             }
         # What a broadcast has brought is already true, although it is taken over only at the next step.
-        mine.update(self._optimizer.param_groups[0].get(KEY, {}))
+        if (brought := self._optimizer.param_groups[0].get(KEY)) is not None:
+            mine.update(brought, own_momentum=[])
         state[KEY] = mine
         shared = {k: mine[k] for k in ("step", "local_steps_done", "scalars")}
         groups = [dict(group) for group in state["param_groups"]]
@@ -197,6 +207,11 @@ class Keeper:
     def _stateless(self) -> bool:
         optimizer = self._optimizer
         return isinstance(optimizer, torch.optim.SGD) and all(g["momentum"] == 0 for g in optimizer.param_groups)
+
+    def _own_momentum(self) -> list[str]:
+        """Names of the parameters whose momentum is this rank's own; of one rank, or without momentum, none."""
+        alone = self._reducer.link.size == 1 or self._stateless()
+        return [] if alone else _with_own_momentum(self._reducer, self._optimizer)
 
     def strip(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """``state`` as the wrapped optimizer knows it."""
@@ -226,15 +241,15 @@ class Keeper:
                     state.anchor()
                 _empty(state)
             return
-        if saved.get("own_momentum", False) and not _keeps_own_momentum(reducer):
+        if apart := set(saved.get("own_momentum", ())) - set(self._own_momentum()):
             warnings.warn(
-                "hvd_compress: the optimizer state was saved with an algorithm that keeps a momentum of its own on "
-                f"every rank, and {reducer.algorithm!r} needs the same on all (this is rank {reducer.link.rank}); call "
-                "hvd.broadcast_optimizer_state(optimizer, root_rank=0) after load_state_dict()",
+                f"hvd_compress: in the optimizer state {len(apart)} parameter(s), the first {min(apart)!r}, have a "
+                f"momentum of this rank's own (rank {reducer.link.rank}), and their algorithm here needs the same on "
+                "all; call hvd.broadcast_optimizer_state(optimizer, root_rank=0) after load_state_dict()",
                 stacklevel=3,
             )
         reducer.step, reducer.local_steps_done = saved["step"], saved["local_steps_done"]
-        if _keeps_own_momentum(reducer):
+        if reducer.algorithm.exchanges_updates or reducer.algorithm.local_models:
             reducer.track()
             reducer.build()  # needs no other rank here, and the next forward pass starts from the right point
         if reducer.states:
@@ -272,5 +287,5 @@ class Keeper:
         reducer = self._reducer
         reducer.step, reducer.local_steps_done = shared["step"], shared["local_steps_done"]
         for state in reducer.states:
-            if (scalars := scalars_of(state, shared["scalars"])) is not None and state.accepts(scalars):
+            if (scalars := scalars_of(state, shared["scalars"])) is not None:
                 state.load_scalars(scalars)

@@ -22,6 +22,7 @@ from hvd_compress import (
     DistEF,
     GlobalSketch,
     Identity,
+    LowRank,
     Policy,
     RandomBlock,
     TopK,
@@ -151,11 +152,19 @@ def check_buckets_that_are_cut_otherwise() -> None:
             close(flat(again), flat(model), 1e-12, f"resumed against uninterrupted, {compression}")
 
 
+def own_momentum(algorithm: Any) -> set[str]:
+    """Layers whose momentum each rank keeps for itself: wherever updates are exchanged, or models are local."""
+    if isinstance(algorithm, Policy):
+        return {"2"}
+    return {"0", "2"} if algorithm.exchanges_updates or algorithm.local_models else set()
+
+
 def check_states_of_another_algorithm_load() -> None:
     """What is held back goes on where it means the same; else it is lost with a warning, and without one if flushed."""
     kinds: tuple[Any, ...] = (
         Dense(), EF(BLOCK), EF(TopK(0.25)), LIEC(averaging_period=100), DEF(BLOCK), DEF(BLOCK, "auto"), DistEF(),
-        GlobalSketch(CountSketch(columns=8, rows=3)),
+        GlobalSketch(CountSketch(columns=8, rows=3)), EF(LowRank(1)), EF(LowRank(2)),
+        Policy(EF(BLOCK), patterns={"2.*": LIEC(averaging_period=100)}),
     )
     for before, after in itertools.permutations(kinds, 2):
         for flushed in (False, True):
@@ -175,17 +184,43 @@ def check_states_of_another_algorithm_load() -> None:
                 point = virtual(again, resumed)
             close(now, x, 1e-12, f"x {what}")
             lost = any("lost" in str(w.message) for w in caught)
-            had_own, has_own = (a.exchanges_updates or a.local_models for a in (before, after))
-            assert any("momentum" in str(w.message) for w in caught) == (had_own and not has_own), what
-            if had_own and not has_own:
-                hvd.broadcast_optimizer_state(resumed, root_rank=0)
             kept = torch.allclose(point, y, rtol=1e-9, atol=1e-9)
             assert kept or lost, f"y {what}: {[str(w.message) for w in caught]}"
             assert not (flushed and lost), f"nothing is owed, {what}: {[str(w.message) for w in caught]}"
+            had, has = (own_momentum(algorithm) for algorithm in (before, after))
+            warned = any("momentum" in str(w.message) for w in caught)
+            assert warned == (hvd.size() > 1 and bool(had - has)), what
+            if had - has:
+                hvd.broadcast_optimizer_state(resumed, root_rank=0)
             train(again, resumed, 4, rate, first=6)
             with resumed.consensus():
                 same_everywhere(flat(again), f"x {what}")
                 assert torch.isfinite(flat(again)).all()
+
+
+def check_parameters_that_keep_their_algorithm_keep_what_they_are_owed() -> None:
+    """They may share a bucket with some that have another one now."""
+    for before, after in (
+        (Policy(EF(BLOCK), patterns={"2.*": LIEC(averaging_period=100)}), EF(BLOCK)),
+        (Policy(EF(BLOCK), patterns={"0.*": LIEC(averaging_period=100)}), EF(BLOCK)),
+        (Policy(EF(BLOCK), patterns={"2.*": Dense()}), EF(BLOCK)),
+    ):
+        model, optimizer = make(before, momentum=0.0)
+        train(model, optimizer, 6, rate)
+        owed = optimizer.state_dict()["hvd_compress"]["buffers"]["residual"]
+        again, resumed = make(after, seed=1, momentum=0.0)
+        with optimizer.consensus():
+            again.load_state_dict(through_a_file(model.state_dict()))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            resumed.load_state_dict(through_a_file(optimizer.state_dict()))
+            virtual(again, resumed)
+        found = resumed.state_dict()["hvd_compress"]["buffers"]["residual"]
+        for name, values in found.items():
+            if name in owed:
+                assert torch.equal(values, owed[name]) and values.any(), f"{name} from {before}"
+            else:
+                assert not values.any(), f"{name} from {before}"
 
 
 def check_sum_is_horovods_sum() -> None:
