@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from typing import Any, Mapping, Optional, Sequence
@@ -95,6 +96,11 @@ class _EFState(GradientState):
     def _follow(self, rate: Rate) -> None:
         if self._config.rescale_residual and not rate.scale_free and self._lr > 0 and rate.lr > 0:
             self._unit *= rate.lr / self._lr
+            if not 0.5 <= self._unit <= 2.0:
+                # Payloads in float16 want numbers of the gradients' size; powers of two round nothing.
+                fold = 2.0 ** -round(math.log2(self._unit))
+                self._residual.flat.mul_(fold)
+                self._unit *= fold
         self._lr = rate.lr
         self._owed_at = rate_of_debt(rate, self._config.rescale_residual, self._owed_at)
         self._loss_scale = rate.loss_scale

@@ -134,6 +134,23 @@ def check_low_precision_parameters() -> None:
                 assert float(loss_of(model, hvd.rank(), 0).detach()) < first, f"{dtype} with {compression}"
 
 
+def check_a_rate_that_grows_does_not_fill_half_precision() -> None:
+    """Payloads are of the gradients' size whatever the learning rate has become since it began."""
+    for first in (1e-5, 1e5):
+        model = nn.Linear(3, 2).double()
+        hvd.broadcast_parameters(model.state_dict(), root_rank=0)
+        optimizer = wrap(model, torch.optim.SGD(model.parameters(), lr=first), EF(Cast()))
+        for t in range(12):
+            optimizer.param_groups[0]["lr"] = first if t < 2 else 1.0
+            before = flat(model)
+            optimizer.zero_grad()
+            (sum(p.sum() for p in model.parameters()) * (3.0 if t >= 2 else 0.0)).backward()
+            optimizer.step()
+            if t >= 2:
+                close(before - flat(model), torch.full_like(before, 3.0), 1e-3, f"step {t}, rate once {first}")
+        assert optimizer.stats().residual_norm < 1e-2
+
+
 def check_sums_in_half_precision_stay_finite() -> None:
     """Gradients that float16 cannot add up are sent bit by bit: late, but whole."""
     for compression in (EF(Cast()), DEF(Cast(), 0.0), DEF(Cast(), "auto")):
