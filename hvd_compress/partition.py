@@ -14,6 +14,9 @@ from hvd_compress.buckets import Entry, build
 from hvd_compress.collectives import is_elastic
 from hvd_compress.exchange import Context
 
+# What buckets are cut for in an elastic job: who joins later must cut as those did who were there.
+ELASTIC_RANKS = 64
+
 
 class Partition:
     """Buckets of one optimizer with their states; only ever grows, so that indices stay valid.
@@ -40,9 +43,9 @@ class Partition:
         """Cut buckets for the entries that have none and allocate their states, which are returned."""
         known = {id(p) for p in (*self.home, *self.sparse)}
         homeless = [entry for entry in entries if id(entry.parameter) not in known]
+        found: list[Parameter] = []
         if self._finds_sparse:
             found = sparse.agree_sparse(self._context.link, [entry.parameter for entry in homeless])
-            self.sparse += found
             apart = {id(p) for p in found}
             homeless = [entry for entry in homeless if id(entry.parameter) not in apart]
         by_algorithm: dict[Algorithm, list[Entry]] = {}
@@ -53,18 +56,21 @@ class Partition:
         new: list[State] = []
         for algorithm, members in by_algorithm.items():
             new += self._attach(algorithm, members, teams, f"bucket{len(self.states)}.", len(self.states) + len(new))
+        # All are there: none has been refused.
+        for index, state in enumerate(new, len(self.states)):
+            self.home.update((p, index) for p in state.bucket.parameters)
+            self.place.update((p, i) for i, p in enumerate(state.bucket.parameters))
         self.states += new
+        self.sparse += found
         return new
 
     def _attach(
         self, algorithm: Algorithm, members: Sequence[Entry], teams: Sequence[frozenset[int]], prefix: str, first: int
     ) -> list[State]:
         """States for ``members``, the first of them being number ``first`` of all."""
-        max_bytes = min(algorithm.bucket_bytes, algorithm.bucket_limit(self._context.link.size))
+        limit = algorithm.bucket_limit(ELASTIC_RANKS if is_elastic() else self._context.link.size)
         buckets = build(
-            members, prefix=prefix, split_groups=algorithm.splits_groups, max_bytes=max_bytes, teams=teams, first=first,
+            members, prefix=prefix, split_groups=algorithm.splits_groups, max_bytes=min(algorithm.bucket_bytes, limit),
+            teams=teams, first=first,
         )
-        for index, bucket in enumerate(buckets, first):
-            self.home.update((p, index) for p in bucket.parameters)
-            self.place.update((p, i) for i, p in enumerate(bucket.parameters))
         return [algorithm.attach(bucket, self._context) for bucket in buckets]

@@ -76,6 +76,8 @@ def limit_for(compressor: Optional[Compressor], ranks: int, gathered: Optional[b
     """
     if compressor is None:
         return BUCKET_LIMIT
+    if isinstance(compressor, Warmup):
+        return min(limit_for(stage, ranks, gathered) for stage in compressor.stages)
     together = ranks if (compressor.combine is Combine.GATHER if gathered is None else gathered) else 1
     return min(BUCKET_LIMIT, PAYLOAD_LIMIT / (together * compressor.fraction))
 

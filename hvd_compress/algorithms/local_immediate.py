@@ -15,7 +15,7 @@ from hvd_compress.algorithms.states import GradientState, Rate, rate_of_debt
 from hvd_compress.buckets import BUCKET_BYTES, PAYLOAD_BYTES, Bucket, Mirror
 from hvd_compress.collectives import Link
 from hvd_compress.compressors import BlockSign, Combine, Compressor, Identity
-from hvd_compress.exchange import Context, Ring, TwoWayExchange
+from hvd_compress.exchange import Context, Ring, TwoWayExchange, require_countable
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,7 @@ class _LIECState(GradientState):
     def __init__(self, config: LIEC, bucket: Bucket, context: Context) -> None:
         self.bucket, self._config, self._context = bucket, config, context
         self.delays = not isinstance(config.compressor, Identity)
+        require_countable(bucket, "models and gradients to be averaged", 2 * bucket.layout.total)
         self._exchange = TwoWayExchange(bucket, config.compressor, config.compressor, context)
         self._local = bucket.mirror(bucket.dtype)
         bucket.adopt(self._local)

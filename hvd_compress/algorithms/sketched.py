@@ -97,7 +97,9 @@ class GlobalSketch(Algorithm):
         return self.exchange != "allreduce"
 
     def bucket_limit(self, ranks: int) -> float:
-        return limit_for(self.sketch, ranks, gathered=self.exchange == "allgather")
+        # A table of given columns does not grow with the bucket.
+        grows = self.sketch if self.sketch.columns is None else None
+        return limit_for(grows, ranks, gathered=self.exchange == "allgather")
 
     def attach(self, bucket: Bucket, context: Context) -> UpdateState:
         return _GlobalSketchState(self, bucket, context)

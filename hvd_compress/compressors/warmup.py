@@ -67,7 +67,12 @@ class Warmup(Compressor):
 
     @property
     def fraction(self) -> float:
-        return max(self.at(stage * self.steps).fraction for stage in range(len(self.densities) + 1))
+        return self.compressor.fraction
+
+    @property
+    def stages(self) -> tuple[Compressor, ...]:
+        """The compressor of each stage."""
+        return tuple(self.at(stage * self.steps) for stage in range(len(self.densities) + 1))
 
     def stage(self, step: int) -> int:
         """Index of the stage of a step; ``len(densities)`` is the compressor itself."""

@@ -75,6 +75,14 @@ def test_sketches_are_cut_by_how_they_travel() -> None:
     summed, gathered = GlobalSketch(sketch), GlobalSketch(sketch, "allgather")
     assert summed.bucket_limit(64) == summed.bucket_limit(2)
     assert gathered.bucket_limit(64) < gathered.bucket_limit(2)
+    fixed = GlobalSketch(CountSketch(columns=10_000), "allgather")
+    assert fixed.bucket_limit(64) == fixed.bucket_limit(2) > gathered.bucket_limit(64), "its table does not grow"
+
+
+def test_each_stage_of_a_warm_up_is_cut_by_how_it_travels() -> None:
+    dense_first = DEF(Warmup(TopK(1 / 1000), (1.0,)))
+    assert dense_first.bucket_limit(2) == dense_first.bucket_limit(8), "the dense stage is summed"
+    assert EF(Warmup(TopK(1 / 1000))).bucket_bytes == EF(TopK(1 / 1000)).bucket_bytes
 
 
 def test_what_cannot_be_cut_is_refused_by_name() -> None:

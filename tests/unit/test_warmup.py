@@ -56,9 +56,12 @@ def test_geometric_is_deep_gradient_compressions_schedule() -> None:
 def test_it_combines_as_its_compressor_does() -> None:
     for kind in KINDS:
         warm = Warmup(kind)
-        assert (warm.combine, warm.selects) == (kind.combine, kind.selects)
-        largest = warm.at(0).fraction
-        assert warm.fraction == largest > kind.fraction, "buckets are cut for the largest payload"
+        assert (warm.combine, warm.selects, warm.fraction) == (kind.combine, kind.selects, kind.fraction)
+
+
+def test_stages_are_the_compressors_in_force() -> None:
+    warm = Warmup(TopK(0.1), (1.0, 0.5), 3)
+    assert warm.stages == (Identity(), TopK(0.5), TopK(0.1)) == (warm.at(2), warm.at(5), warm.at(6))
 
 
 def test_one_payload_size_is_not_to_be_had() -> None:
