@@ -183,7 +183,9 @@ def check_states_of_another_algorithm_load() -> None:
                 now = shared(again, resumed)
                 point = virtual(again, resumed)
             close(now, x, 1e-12, f"x {what}")
-            lost = any("lost" in str(w.message) for w in caught)
+            # A server's error is lost where its shard is: on some ranks.
+            told = any("lost" in str(w.message) for w in caught)
+            lost = bool(hvd.allreduce(torch.tensor([int(told)]), op=hvd.Sum, name="test.lost"))
             kept = torch.allclose(point, y, rtol=1e-9, atol=1e-9)
             assert kept or lost, f"y {what}: {[str(w.message) for w in caught]}"
             assert not (flushed and lost), f"nothing is owed, {what}: {[str(w.message) for w in caught]}"
