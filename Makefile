@@ -28,7 +28,7 @@ test-slurm: setup ## a real SLURM on this machine: install, start, submit, check
 	@scripts/slurm_cluster.sh test
 
 lint: setup ## ruff and mypy
-	@$(VENV)/bin/ruff check . && $(VENV)/bin/mypy
+	@$(VENV)/bin/ruff check . && $(VENV)/bin/mypy && $(VENV)/bin/mypy --no-warn-return-any --allow-untyped-calls tests
 
 bench: setup ## step times on a virtual cluster with rate-limited links (root)
 	@env PATH="$(VENV)/bin:$$PATH" $(PY) benchmarks/run.py

@@ -47,10 +47,9 @@ def rate(lr: float, step: int, steps: int) -> float:
 def evaluate(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     """Test accuracy in percent, each rank looking at its part."""
     with torch.no_grad():
-        right = sum(
-            float((model(x).argmax(1) == y).sum()) for x, y in zip(images.split(500), labels.split(500))
-        )
-    counts = hvd.allreduce(torch.tensor([right, float(len(labels))]), op=hvd.Sum, name="papers.right")
+        pairs = zip(torch.split(images, 500), torch.split(labels, 500))
+        right = sum(int((model(x).argmax(1) == y).sum()) for x, y in pairs)
+    counts = hvd.allreduce(torch.tensor([float(right), float(len(labels))]), op=hvd.Sum, name="papers.right")
     return float(100 * counts[0] / counts[1])
 
 

@@ -45,7 +45,7 @@ def watch() -> None:
         if self.is_enabled():
             for tensor in scaled if isinstance(scaled, (list, tuple)) else (scaled,):
                 if isinstance(tensor, Tensor) and tensor.requires_grad:
-                    tensor.register_hook(lambda grad: _enter(self))  # type: ignore[no-untyped-call]
+                    tensor.register_hook(lambda grad: _enter(self))
         return scaled
 
     scale._hvd_compress = True  # type: ignore[attr-defined]

@@ -97,7 +97,7 @@ class Reducer:
                 self._delay[parameter] = self.passes
                 self.tracked.append(parameter)
                 self.newcomers.add(parameter)
-                parameter.register_post_accumulate_grad_hook(weakly(self._on_gradient))  # type: ignore[no-untyped-call]
+                parameter.register_post_accumulate_grad_hook(weakly(self._on_gradient))
                 self._built = False
 
     def set_passes(self, passes: int) -> None:

@@ -60,6 +60,11 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.optim.Muon.__module__ = "taken.out"
     # Every test shuts Horovod down and starts it again, where a rank may meet the other's old address and abort.
     hvd.shutdown = lambda: None
+    substitute()
+
+
+def substitute() -> None:
+    """Put our class in the place of Horovod's, if an algorithm was named."""
     name = os.environ.get("HVD_COMPRESS_ALGORITHM")
     if name is None:
         return

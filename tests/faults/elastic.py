@@ -52,7 +52,7 @@ def main() -> None:
             parts.append(part * units)
         return torch.cat(parts)
 
-    @hvd.elastic.run
+    @hvd.elastic.run  # type: ignore[untyped-decorator]
     def train(state: hvd.elastic.TorchState) -> None:
         if owed:
             assert torch.equal(held(optimizer), owed[-1]), "sync touched a survivor's residual"

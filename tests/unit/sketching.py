@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hvd_compress.compressors import CountSketch, Layout, rotations
 from hvd_compress.compressors.count_sketch import CountSketchCodec
-from hvd_compress.compressors.random_block import draw, tensor_key
+from hvd_compress.compressors.draws import draw, tensor_key
 from hvd_compress.native import sketch as loops
 
 CPU = torch.device("cpu")

@@ -101,7 +101,8 @@ def test_gradient_algorithms(
     own: list[Optional[Tensor]] = [torch.empty_like(p) for p in b.parameters]
     results: list[Tensor] = []
     for step, rate in enumerate([Rate(0.1), Rate(0.01, False, 1024.0), Rate(0.0), Rate(0.1, True)]):
-        state.start(step, [own, [*results], [None] * 4, [None, own[1], *results[2:]]][step], rate)
+        choices: list[list[Optional[Tensor]]] = [own, [*results], [None] * 4, [None, own[1], *results[2:]]]
+        state.start(step, choices[step], rate)
         state.advance()
         results = state.finish()
         assert [(g.shape, g.dtype, g.device) for g in results] == [(p.shape, dtype, DEVICE) for p in b.parameters]
@@ -109,7 +110,7 @@ def test_gradient_algorithms(
     assert {v.device for mirror in state.buffers().values() for v in mirror.views} == {DEVICE}
     state.residual()
     state.owed(0.1)
-    state.shared_point(link)
+    state.shared_point(link)  # type: ignore[arg-type]
     state.forgive()
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hvd_compress import native
 from hvd_compress.compressors import Combine, CountSketch, Layout, hashing, rotations
-from hvd_compress.compressors.random_block import draw
+from hvd_compress.compressors.draws import draw
 from hvd_compress.native import sketch as loops
 from tests.unit.sketching import CPU, DTYPES, coder, estimates, one_way, places, table_of, values, way
 

@@ -14,7 +14,7 @@ from hvd_compress.algorithms.folding import Folder, stand
 from hvd_compress.algorithms.states import GradientState, Rate, UpdateState
 from hvd_compress.buckets import Bucket, Entry
 from hvd_compress.collectives import Pending
-from hvd_compress.compressors import Layout
+from hvd_compress.compressors import Layout, SummableCodec
 from hvd_compress.consensus import _checksum
 from hvd_compress.exchange import Context, Reduction
 from hvd_compress.reducer import Reducer
@@ -106,6 +106,7 @@ def test_the_harness_lets_device_work_pass(accelerator: Accelerator) -> None:
 def test_codecs(accelerator: Accelerator, compressor: Compressor, dtype: torch.dtype) -> None:
     layout = Layout(("a", "empty", "b", "c"), (40, 0, 1, 9))
     codec, flat = compressor.codec(layout, dtype, DEVICE), torch.zeros(50, dtype=dtype, device=DEVICE)
+    assert isinstance(codec, SummableCodec)
     wire = torch.zeros(codec.numel, dtype=codec.dtype, device=DEVICE)
     for step in range(6):
         codec.begin(step)
@@ -175,7 +176,8 @@ def test_gradient_algorithms(
     own: list[Optional[Tensor]] = [torch.empty_like(p) for p in b.parameters]
     results: list[Tensor] = []
     for step, rate in enumerate([Rate(0.1), Rate(0.01, False, 1024.0), Rate(0.0), Rate(0.1, True)]):
-        gradients = [own, [*results], [None] * 4, [None, own[1], *results[2:]]][step]
+        choices: list[list[Optional[Tensor]]] = [own, [*results], [None] * 4, [None, own[1], *results[2:]]]
+        gradients = choices[step]
         if step in (1, 3):
             gradients[3] = state.absorb(3, results[3], rate)
         state.start(step, gradients, rate)

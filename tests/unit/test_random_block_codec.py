@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hvd_compress.compressors import Codec, Layout, RandomBlock
+from hvd_compress.compressors import Layout, RandomBlock, SummableCodec
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -149,8 +149,9 @@ def decoded(block: RandomBlock, layout: Layout, flat: Tensor, step: int) -> Tens
     return torch.cat([block.decode(block.encode(p, name, step)) for name, p in zip(layout.names, parts)])
 
 
-def at_step(block: RandomBlock, layout: Layout, dtype: torch.dtype, step: int) -> tuple[Codec, Tensor]:
+def at_step(block: RandomBlock, layout: Layout, dtype: torch.dtype, step: int) -> tuple[SummableCodec, Tensor]:
     codec = block.codec(layout, dtype, CPU)
+    assert isinstance(codec, SummableCodec)
     codec.begin(step)
     return codec, torch.full((codec.numel,), math.nan, dtype=codec.dtype)
 

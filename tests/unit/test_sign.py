@@ -257,7 +257,7 @@ def test_the_loops_refuse_what_does_not_fit(loops: str) -> None:
     for flat, packed, where in ((v[:17], bits, ends), (v, bits[:2], ends), (v, bits, ends[:0]), (v, bits, ends + 1),
                                 (v, bits, ends.astype(np.int32))):  # fmt: skip
         with pytest.raises(ValueError, match="blocks"):
-            signs.pack(flat, packed, where)
+            signs.pack(flat, packed, where)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="1 float32 factors"):
         signs.add(bits, v, ends, np.zeros(2, dtype=np.float32))
     assert signs.applies(v, bits) == (loops == "native")

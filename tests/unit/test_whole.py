@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hvd_compress.compressors import Cast, Compressor, Identity, Layout
+from hvd_compress.compressors import Cast, Compressor, Identity, Layout, SummableCodec
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -27,8 +27,14 @@ def there_and_back(compressor: Compressor, v: Tensor) -> Tensor:
     return compressor.decode(compressor.encode(v, "w", 3))
 
 
+def summing(compressor: Compressor, layout: Layout, dtype: torch.dtype) -> SummableCodec:
+    codec = compressor.codec(layout, dtype, CPU)
+    assert isinstance(codec, SummableCodec)
+    return codec
+
+
 def through_codec(compressor: Compressor, flat: Tensor, layout: Layout = LAYOUT) -> Tensor:
-    codec = compressor.codec(layout, flat.dtype, CPU)
+    codec = summing(compressor, layout, flat.dtype)
     codec.begin(0)
     wire = torch.full((codec.numel,), math.nan, dtype=codec.dtype)
     codec.encode(flat, wire)
@@ -39,7 +45,7 @@ def through_codec(compressor: Compressor, flat: Tensor, layout: Layout = LAYOUT)
 def test_what_they_say_of_themselves(compressor: Compressor) -> None:
     assert compressor.summable
     assert compressor.lossless
-    assert not compressor.codec(LAYOUT, torch.float32, CPU).restricts
+    assert not summing(compressor, LAYOUT, torch.float32).restricts
 
 
 # -- Identity ------------------------------------------------------------------------------------------

@@ -64,7 +64,8 @@ def check_values_of_the_other_papers() -> None:
         (lambda: DEF(BlockSign(), masking=True), ("DEF", "masking", "BlockSign")),
         (lambda: DEF(TopK(), clip_norm=-1.0), ("DEF", "clip_norm=-1.0")),
         (lambda: LIEC(averaging_period=0), ("LIEC", "averaging_period=0")),
-        (lambda: GlobalSketch(TopK()), ("GlobalSketch", "sketch=TopK", "CountSketch")),
+        (lambda: GlobalSketch(TopK()),  # type: ignore[arg-type]
+         ("GlobalSketch", "sketch=TopK", "CountSketch")),
         (lambda: GlobalSketch(exchange="ring"), ("GlobalSketch", "exchange='ring'", "allgather")),
         (lambda: GlobalSketch(k=0), ("GlobalSketch", "k=0")),
         (lambda: GlobalTopK(density=2), ("GlobalTopK", "density", "2")),

@@ -34,7 +34,7 @@ def check_class_and_attributes() -> None:
         model = network()
         plain = sgd(model, momentum=0.9)
         optimizer = wrap(model, plain, compression)
-        assert isinstance(optimizer, torch.optim.SGD)
+        assert issubclass(type(optimizer), torch.optim.SGD)
         assert type(optimizer).__name__ == "SGD"
         assert optimizer._parameter_names == {p: n for n, p in model.named_parameters()}
         assert optimizer.defaults["lr"] == 0.1, "the user's defaults, for groups added later"
@@ -167,6 +167,7 @@ def check_predivide_keeps_sums_in_range() -> None:
             (model.weight.sum() * 4e4 + model.bias.sum() * 4e4).backward()
             optimizer.synchronize()
             for p in model.parameters():
+                assert p.grad is not None
                 whole = bool(torch.isfinite(p.grad).all())
                 assert whole == fits, f"predivide by {factor}, groups={groups}: {p.grad}"
                 if fits:

@@ -65,13 +65,14 @@ def check_mass_identity() -> None:
     def rate(t: int) -> float:
         return 0.02 if t < STEPS // 2 else 0.002
 
+    after = flat(model)
     for t in range(STEPS):
         optimizer.param_groups[0]["lr"] = rate(t)
         with optimizer.consensus("virtual"):
             # The residual is owed in update units: a change of the rate alone does not move y.
             before = flat(model)
         if t > 0:
-            close(before, after, 1e-14, f"y after the rate has been set for step {t}")  # noqa: F821
+            close(before, after, 1e-14, f"y after the rate has been set for step {t}")
         optimizer.zero_grad()
         # As in Horovod, p.grad belongs to the exchange from backward() on: take the gradient from a twin.
         twin = network(torch.float64)
@@ -149,7 +150,7 @@ def check_a_rate_that_grows_does_not_fill_half_precision() -> None:
             optimizer.param_groups[0]["lr"] = first if t < 2 else 1.0
             before = flat(model)
             optimizer.zero_grad()
-            (sum(p.sum() for p in model.parameters()) * (3.0 if t >= 2 else 0.0)).backward()
+            ((model.weight.sum() + model.bias.sum()) * (3.0 if t >= 2 else 0.0)).backward()
             optimizer.step()
             if t >= 2:
                 close(before - flat(model), torch.full_like(before, 3.0), 1e-3, f"step {t}, rate once {first}")
@@ -166,7 +167,7 @@ def check_sums_in_half_precision_stay_finite() -> None:
             optimizer = wrap(model, torch.optim.SGD(model.parameters(), lr=1.0), compression, op=op)
             for t in range(2 + 4 * hvd.size() ** (1 + (op == hvd.Sum))):
                 optimizer.zero_grad()
-                (sum(p.sum() for p in model.parameters()) * (7e4 if t == 0 else 0.0)).backward()
+                ((model.weight.sum() + model.bias.sum()) * (7e4 if t == 0 else 0.0)).backward()
                 optimizer.step()
                 assert torch.isfinite(flat(model)).all(), f"step {t} with {compression}, op={op}"
             factor = 1 if op == hvd.Average else hvd.size()

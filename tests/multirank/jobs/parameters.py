@@ -94,11 +94,9 @@ def check_groups_with_learning_rates_of_their_own() -> None:
     for compression in EXACT:
         model, twin = network(torch.float64), network(torch.float64)
 
-        def grouped(m: nn.Module) -> torch.optim.SGD:
-            return torch.optim.SGD(
-                [{"params": m[0].parameters()}, {"params": m[2].parameters(), "lr": 0.01, "weight_decay": 0.1}],
-                lr=0.05, momentum=0.9,
-            )
+        def grouped(m: nn.Sequential) -> torch.optim.SGD:
+            second: dict[str, Any] = {"params": m[2].parameters(), "lr": 0.01, "weight_decay": 0.1}
+            return torch.optim.SGD([{"params": m[0].parameters()}, second], lr=0.05, momentum=0.9)
 
         optimizer, plain = wrap(model, grouped(model), compression), grouped(twin)
         for t in range(20):
@@ -236,7 +234,7 @@ def check_channels_last_and_odd_shapes() -> None:
     for compression in (*EXACT, *LOSSY):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 2))
-        model = model.to(memory_format=torch.channels_last)
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         scalar = nn.Parameter(torch.ones(()))
         model.register_parameter("scalar", scalar)
         model.register_parameter("empty", nn.Parameter(torch.zeros(0, 3)))

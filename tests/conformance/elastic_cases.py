@@ -1,0 +1,23 @@
+"""Horovod's elastic tests, with a training script that wraps our optimizer; run by test_horovod_elastic.py."""
+
+from __future__ import annotations
+
+import os
+import sys
+import unittest
+import unittest.mock
+from pathlib import Path
+from typing import Any
+
+# Their helpers import the package that became unittest.mock.
+sys.modules.setdefault("mock", unittest.mock)
+sys.path.insert(0, f"{os.environ['HOROVOD_TESTS']}/integration")
+
+from elastic_common import BaseElasticTests  # noqa: E402
+
+
+class ElasticTests(BaseElasticTests, unittest.TestCase):  # type: ignore[misc]
+    """Hosts come and go, ranks die with an exception or are killed: what each epoch logged is compared."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(str(Path(__file__).with_name("elastic_script.py")), *args, **kwargs)

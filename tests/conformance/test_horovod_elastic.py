@@ -1,0 +1,57 @@
+"""Horovod's own elastic tests (test/integration/test_elastic_torch.py), with our optimizer in their script."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Optional
+
+import pytest
+
+from tests.conformance.substitute import ALGORITHMS, BY_MPI
+from tests.conformance.test_horovod import CHECKOUT, HOW, ROOT
+
+pytestmark = pytest.mark.full
+
+TESTS = (
+    "test_all_hosts_blacklisted", "test_all_ranks_failure", "test_fault_tolerance_without_scaling",
+    "test_hosts_added_and_removed", "test_min_hosts_timeout", "test_reset_limit",
+    "test_resurrecting_blacklisted_hosts_exponential_backoff", "test_single_rank_failure",
+)
+TIMEOUT = 300.0
+
+
+@functools.cache
+def failure(algorithm: Optional[str], test: str) -> Optional[str]:
+    """What a failing test printed, or None; ``None`` as the algorithm is Horovod's own class."""
+    binaries = Path(sys.executable).parent
+    env = {
+        **os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{binaries}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1",
+        **({} if algorithm is None else {"HVD_COMPRESS_ALGORITHM": algorithm}),
+    }
+    cases = Path(__file__).with_name("elastic_cases.py")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{cases}::ElasticTests::{test}"], cwd=ROOT,
+        env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=TIMEOUT)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        return f"{output}\n--- killed after {TIMEOUT:.0f} s ---"
+    return None if process.returncode == 0 else output
+
+
+@pytest.mark.skipif(CHECKOUT is None, reason=HOW)
+@pytest.mark.parametrize("test", TESTS)
+@pytest.mark.parametrize("algorithm", [name for name in ALGORITHMS if name not in BY_MPI])
+def test_elastic(algorithm: str, test: str) -> None:
+    ours = failure(algorithm, test)
+    if ours is not None and failure(None, test) is not None:
+        pytest.skip(f"Horovod's own optimizer does not pass this test here: {ours[-2000:]}")
+    assert ours is None, ours[-20000:]
