@@ -68,19 +68,22 @@ def load_model(directory: Path, model: torch.nn.Module) -> tuple[int, int, list[
 
 
 def load_optimizer(
-    directory: Path, epoch: int, ranks: int, optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    directory: Path, epoch: int, ranks: int, steps_per_epoch: int, optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LambdaLR,
 ) -> None:
-    """Each rank takes up its own momentum and residual. Comes AFTER the broadcasts: they are rank 0's."""
+    """Each rank takes up its own momentum and residual. Comes AFTER the broadcasts: they are rank 0's.
+
+    The schedule goes on at the epoch: with other ranks or batches an epoch has another number of steps.
+    """
     same = ranks == hvd.size()
     path = rank_file(directory, epoch, hvd.rank() if same else 0)
     mine = torch.load(path, map_location="cpu", weights_only=True)
     scheduler.load_state_dict(mine["scheduler"])
     if same:
         optimizer.load_state_dict(mine["optimizer"])
-        return
-    if hvd.rank() == 0:
+    elif hvd.rank() == 0:
         print(f"the checkpoint is of {ranks} ranks, this run has {hvd.size()}: the model and the learning "
               "rate go on, momentum and residuals start anew", flush=True)
-    for group, rate in zip(optimizer.param_groups, scheduler.get_last_lr()):
-        group["lr"] = rate
+    scheduler.last_epoch = epoch * steps_per_epoch  # which counts steps
+    for group, base, factor in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas):
+        group["lr"] = base * factor(scheduler.last_epoch)

@@ -109,6 +109,13 @@ def compression(args: argparse.Namespace) -> hvd_compress.Algorithm:
     return build[args.compression]()
 
 
+def require_batches(args: argparse.Namespace, batches: int, images: int) -> None:
+    """Exits with the remedy where a rank's share of the images is not one batch."""
+    if not batches:
+        sys.exit(f"--batch-size {args.batch_size}: each rank has {images} training images, fewer than one batch; "
+                 "take a smaller batch or fewer ranks")
+
+
 def warm_up_and_decay(args: argparse.Namespace, steps_per_epoch: int) -> Callable[[int], float]:
     """Factor of the learning rate at a step: a linear warm-up, then a tenth at each of --decay-at."""
     warm_up = args.warmup_epochs * steps_per_epoch

@@ -1,4 +1,4 @@
-"""Trains a small ResNet on several ranks, with Horovod. Run it: horovodrun -np 2 python THIS_FILE"""
+"""Trains a small ResNet on several ranks: horovodrun --gloo -np 2 -H localhost:2 python THIS_FILE"""
 
 # mypy: allow-untyped-calls
 
@@ -32,6 +32,7 @@ def main() -> None:
     sampler: DistributedSampler[torch.Tensor] = DistributedSampler(
         images.train, num_replicas=hvd.size(), rank=hvd.rank(), seed=args.seed)
     loader = DataLoader(images.train, batch_size=args.batch_size, sampler=sampler, drop_last=True)
+    options.require_batches(args, len(loader), len(sampler))
     model = SmallResNet(images.image_size, images.classes, args.width).to(device)
 
     optimizer: torch.optim.Optimizer = torch.optim.SGD(
@@ -45,7 +46,7 @@ def main() -> None:
     start, ranks, history = checkpoint.load_model(args.output, model) if args.resume else (0, hvd.size(), [])
     hvd.broadcast_parameters(model.state_dict(), root_rank=0)
     if start:
-        checkpoint.load_optimizer(args.output, start, ranks, optimizer, scheduler)
+        checkpoint.load_optimizer(args.output, start, ranks, len(loader), optimizer, scheduler)
     log = Log(args, model, history)
 
     last = min(args.epochs, args.stop_after or args.epochs)

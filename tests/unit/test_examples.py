@@ -137,17 +137,28 @@ def test_another_number_of_ranks_starts_the_optimizer_anew(
     model, optimizer, scheduler = build()
     model(torch.ones(1, 2)).sum().backward()
     optimizer.step()
-    scheduler.step()
+    for _ in range(12):
+        scheduler.step()
     checkpoint.save(tmp_path, 3, checkpoint.snapshot(model), optimizer, scheduler, [{"epoch": 3}])
     other, fresh, later = build()
     epoch, ranks, history = checkpoint.load_model(tmp_path, other)
     assert (epoch, ranks, history) == (3, 1, [{"epoch": 3}])
     assert all(map(torch.equal, other.parameters(), model.parameters()))
-    checkpoint.load_optimizer(tmp_path, epoch, 2, fresh, later)
-    assert fresh.param_groups[0]["lr"] == 0.5 and not fresh.state
+    # Four steps an epoch with this rank alone, two with two: the schedule goes on at the epoch.
+    checkpoint.load_optimizer(tmp_path, epoch, 2, 2, fresh, later)
+    assert fresh.param_groups[0]["lr"] == 0.5**6 and not fresh.state
     assert "momentum and residuals start anew" in capsys.readouterr().out
-    checkpoint.load_optimizer(tmp_path, epoch, ranks, fresh, later)
-    assert len(fresh.state) == 2
+    later.step()
+    assert fresh.param_groups[0]["lr"] == 0.5**7
+    checkpoint.load_optimizer(tmp_path, epoch, ranks, 4, fresh, later)
+    assert len(fresh.state) == 2 and fresh.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"] == 0.5**12
+
+
+def test_a_rank_without_one_batch_is_told_so() -> None:
+    args = argparse.Namespace(batch_size=64)
+    options.require_batches(args, 1, 64)
+    with pytest.raises(SystemExit, match="--batch-size 64: each rank has 63 training images"):
+        options.require_batches(args, 0, 63)
 
 
 def test_plain_optimizers_are_evaluated_where_they_are() -> None:
