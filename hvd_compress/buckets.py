@@ -80,7 +80,25 @@ class Bucket:
         return pieces(flat, self.layout.numels)[index]
 
     def adopt(self, mirror: Mirror) -> None:
-        """Move the parameters' storage into ``mirror`` (same dtype), keeping their values."""
+        """Move the parameters' storage into ``mirror`` (same dtype), keeping their values.
+
+        Raises:
+            ValueError: if parameters share memory, as they would be told apart.
+            RuntimeError: if one has another dtype, or is on another device, than the bucket was made for.
+        """
+        owners: dict[int, str] = {}
+        for parameter, name in zip(self.parameters, self.layout.names):
+            if (parameter.dtype, parameter.device) != (self.dtype, self.device):
+                raise RuntimeError(
+                    f"parameter {name!r} is {parameter.dtype} on {parameter.device} now and was {self.dtype} on "
+                    f"{self.device} when its exchange was set up; convert the model before the first step, or build "
+                    "the optimizer anew"
+                )
+            if parameter.numel() and (other := owners.setdefault(parameter.data_ptr(), name)) != name:
+                raise ValueError(
+                    f"parameters {other!r} and {name!r} share memory, which this algorithm, as it moves parameters "
+                    "into one vector, would tell apart; tie them as one Parameter (b.weight = a.weight)"
+                )
         values = [p.data for p in self.parameters]
         torch._foreach_copy_(mirror.views, values)
         self.repoint(mirror)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any, Iterator, Optional
+import weakref
+from typing import Any, Iterator, Optional, cast
 
 import torch
 from torch import Tensor
 
-from hvd_compress.algorithms.states import State, UpdateState
+from hvd_compress.algorithms.states import GradientState, State, UpdateState
 from hvd_compress.compressors.base import pieces
+from hvd_compress.rates import learning_rate, scale_free
 from hvd_compress.reducer import Reducer
 
 POINTS = ("shared", "virtual")
@@ -20,8 +22,9 @@ class Consensus:
 
     def __init__(self, optimizer: torch.optim.Optimizer, reducer: Reducer) -> None:
         self._reducer = reducer
-        self._optimizer = optimizer
+        self._optimizer = weakref.ref(optimizer)  # which has this: it must not take a collector to let it go
         self._inside: Optional[str] = None
+        self.outside: dict[int, list[Tensor]] = {}  # parameters as they are trained, while a context is open, by bucket
 
     def forbid(self, action: str) -> None:
         """Raise RuntimeError if the parameters are at a consensus point now."""
@@ -56,8 +59,16 @@ class Consensus:
             return
         self._enter_idle("consensus()")
         self._settle()
+        if point == "virtual" and (owing := self._owing_gradients()):
+            name, kind = owing[0].bucket.layout.names[0], type(self._optimizer()).__name__
+            raise RuntimeError(
+                f"consensus(point='virtual') (rank {reducer.link.rank}, parameter {name!r}): gradients are held back, "
+                f"and what {kind} makes of them is known only when it steps with them; use point='shared', or an "
+                "algorithm that holds back updates (DEF)"
+            )
         moved = [(state, target) for state in reducer.states if (target := self._target(state, point)) is not None]
         saved = [[p.detach().clone() for p in state.bucket.parameters] for state, _ in moved]
+        self.outside.update((id(state), values) for (state, _), values in zip(moved, saved))
         try:
             for state, target in moved:
                 state.put_parameters(target)
@@ -65,6 +76,7 @@ class Consensus:
             yield
         finally:
             self._inside = None
+            self.outside.clear()
             for (state, _), values in zip(moved, saved):
                 torch._foreach_copy_([p.data for p in state.bucket.parameters], values)
 
@@ -72,12 +84,26 @@ class Consensus:
         """The flat vector to put into a bucket's parameters at ``point``; None if they are there already."""
         link, recorder = self._reducer.link, self._reducer.recorder
         target = state.shared_point(link)
-        lr = float(self._optimizer.param_groups[max(state.bucket.group, 0)].get("lr", 1.0))
-        if point == "virtual" and (owed := state.owed(lr)) is not None:
+        optimizer = self._trained()
+        if point == "virtual" and (owed := state.owed(learning_rate(optimizer, state.bucket))) is not None:
+            if isinstance(state, GradientState) and optimizer.param_groups[max(state.bucket.group, 0)].get("maximize"):
+                owed.neg_()
             link.allreduce(owed, f"{state.bucket.name}.owed")
             target = (state.parameters_now() if target is None else target) - owed
         recorder.between_steps(link.sent)
         return target
+
+    def _trained(self) -> torch.optim.Optimizer:
+        optimizer = self._optimizer()
+        assert optimizer is not None
+        return optimizer
+
+    def _owing_gradients(self) -> list[GradientState]:
+        """States that hold back what only the wrapped optimizer can make an update of."""
+        optimizer = self._trained()
+        if not scale_free(optimizer) or isinstance(optimizer, torch.optim.LBFGS):  # which steps with a closure only
+            return []
+        return [state for state in self._reducer.states if isinstance(state, GradientState) and state.delays]
 
     def flush(self) -> None:
         """Apply the mean of all residuals to the model and empty them."""
@@ -86,16 +112,55 @@ class Consensus:
             return
         self._enter_idle("flush()")
         self._settle()
+        stepping = self._owing_gradients()
         for state in reducer.states:
-            if (target := self._target(state, "virtual")) is not None:
+            if state not in stepping and (target := self._target(state, "virtual")) is not None:
                 state.restart(target)
+        if stepping:
+            self._step_with_debts(stepping)
         reducer.local_steps_done = 0
         reducer.stand()
 
+    @torch.no_grad()
+    def _step_with_debts(self, states: list[GradientState]) -> None:
+        """One step of the wrapped optimizer with the mean of what is held back as its gradients."""
+        link, optimizer = self._reducer.link, self._trained()
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        before = [p.grad for p in parameters]
+        for p in parameters:
+            p.grad = None
+        try:
+            debts = [cast(Tensor, state.debt()) for state in states]
+            for state, debt in zip(states, debts):
+                link.allreduce(debt, f"{state.bucket.name}.owed")
+            points = [state.shared_point(link) for state in states]
+            # Nothing has changed yet, should a peer have failed.
+            for state, debt, point in zip(states, debts, points):
+                self._put(state, point)
+                if bool(debt.any()):
+                    gradients = state.bucket.mirror(state.bucket.dtype, debt.to(state.bucket.dtype)).views
+                    for p, gradient in zip(state.bucket.parameters, gradients):
+                        p.grad = gradient.to_sparse(1) if isinstance(optimizer, torch.optim.SparseAdam) else gradient
+            optimizer._bare_step(optimizer)  # type: ignore[attr-defined]
+            for state in states:
+                state.forgive()
+            for state in states:  # local models have momenta of their own
+                self._put(state, state.shared_point(link))
+        finally:
+            for p, gradient in zip(parameters, before):
+                p.grad = gradient
+        self._reducer.recorder.between_steps(link.sent)
+
+    @staticmethod
+    def _put(state: State, point: Optional[Tensor]) -> None:
+        if point is not None:
+            state.put_parameters(point)
+
     def mean_loss(self, loss: Any) -> Any:
-        """What a closure returned, averaged over ranks."""
+        """What a closure returned, averaged over ranks if it is a number."""
         link = self._reducer.link
-        if not link.member or link.size == 1 or loss is None:
+        number = loss.numel() == 1 if isinstance(loss, Tensor) else isinstance(loss, (int, float))
+        if not link.member or link.size == 1 or not number:
             return loss
         value = torch.as_tensor(loss).detach().to(torch.float64).reshape(()).clone()
         mean = link.allreduce(value, "loss")

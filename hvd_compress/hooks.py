@@ -1,11 +1,20 @@
-"""Hooks on parameters that do not keep alive what they call."""
+"""Hooks on parameters that do not keep alive what they call, and code that a compiler shall leave alone."""
 
 from __future__ import annotations
 
 import weakref
-from typing import Callable
+from typing import Any, Callable, TypeVar, cast
 
 from torch import Tensor
+from torch._compile import _disable_dynamo
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def eager(function: _Function) -> _Function:
+    """Not to be traced by ``torch.compile``, of a training step say: it talks to other ranks."""
+    disabled: Any = _disable_dynamo(function)
+    return cast(_Function, disabled)
 
 
 def weakly(method: Callable[[Tensor], None]) -> Callable[[Tensor], None]:

@@ -18,6 +18,7 @@ from hvd_compress.collectives import Adasum, Average, Compression, Link, global_
 from hvd_compress.compressors import Cast
 from hvd_compress.consensus import Consensus
 from hvd_compress.exchange import Reduction
+from hvd_compress.hooks import eager
 from hvd_compress.reducer import Reducer
 from hvd_compress.scaling import ScaledStep
 from hvd_compress.telemetry import Stats
@@ -53,8 +54,8 @@ def DistributedOptimizer(
     Args:
         optimizer: the optimizer to wrap; parameter groups and state are shared with it.
         named_parameters: (name, parameter) pairs, usually ``model.named_parameters()``.
-        compression: an algorithm (``Dense()``, ``EF(compressor)``, ``DEF(compressor)``), or Horovod's
-            ``Compression.none`` (= ``Dense()``) or ``Compression.fp16``.
+        compression: an algorithm (``Dense``, ``EF``, ``DEF``, ``DistEF``, ``LIEC``, ``GlobalSketch``, ``GlobalTopK``
+            or a ``Policy`` of them), or Horovod's ``Compression.none`` (= ``Dense()``) or ``Compression.fp16``.
         backward_passes_per_step: backward passes whose gradients are summed before ``step()``.
         op: Average, Sum, or Adasum (only uncompressed: Horovod's own optimizer is returned).
         gradient_predivide_factor: with Average, divide by it before the sum and multiply after.
@@ -133,7 +134,7 @@ class _DistributedOptimizer(torch.optim.Optimizer):
         self._reducer = Reducer(self, names, algorithm, link, reduction, passes, groups, sparse_as_dense)
         self._scaled_step = ScaledStep(self, self._reducer, fused)
         self._consensus = Consensus(self, self._reducer)
-        self._keeper = residuals.Keeper(self, self._reducer)
+        self._keeper = residuals.Keeper(self, self._reducer, self._consensus.outside)
         base_step = self._hvd_base.step
         # torch wraps step() to run step hooks; ours must see the exchanged gradients and the final
         # parameters, so it goes around the exchange, once, and the base's own wrapper is taken off.
@@ -153,8 +154,8 @@ class _DistributedOptimizer(torch.optim.Optimizer):
     def synchronize(self) -> None:
         """Finish the exchange of gradients; the aggregate is then in ``p.grad`` of every rank.
 
-        Algorithms that exchange updates (DEF) exchange nothing here: gradients stay local, and clipping
-        after this call acts on the local gradient. A missing gradient becomes zeros either way.
+        With LIEC it is this rank's own direction. Algorithms that exchange updates (DEF) exchange nothing here:
+        gradients stay local, and clipping then acts on them. A missing gradient becomes zeros either way.
         """
         self._consensus.forbid("synchronize()")
         reducer = self._reducer
@@ -177,6 +178,7 @@ class _DistributedOptimizer(torch.optim.Optimizer):
         finally:
             self._should_synchronize = True
 
+    @eager
     def step(self, closure: Optional[Callable[[], Any]] = None) -> Any:
         """One optimization step on all ranks.
 
@@ -202,7 +204,10 @@ class _DistributedOptimizer(torch.optim.Optimizer):
         if self._scaled_step.skip():
             reducer.drop_pass_counts()
             return None
-        return self._hooked_step(self, closure)
+        try:
+            return self._hooked_step(self, closure)
+        finally:
+            self._synchronized = False  # by a closure
 
     step.hooked = True  # type: ignore[attr-defined]
 
@@ -245,7 +250,8 @@ class _DistributedOptimizer(torch.optim.Optimizer):
         """torch's ``zero_grad``; AssertionError between ``backward()`` and ``step()``/``synchronize()``."""
         if self._reducer.busy:
             raise AssertionError(_ZERO_GRAD_TOO_EARLY)
-        self._hvd_base.zero_grad(self, set_to_none=set_to_none)
+        # Some optimizers' own zero_grad knows no argument.
+        self._hvd_base.zero_grad(self, **({} if set_to_none else {"set_to_none": False}))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """torch's ``add_param_group``; parameters not in ``named_parameters`` are named by their position."""
@@ -268,25 +274,34 @@ class _DistributedOptimizer(torch.optim.Optimizer):
 
         Args:
             point: "shared", the model x, bitwise the same on every rank; or "virtual", x minus everything
-                that ranks still hold back (costs one dense allreduce).
+                that ranks still hold back (costs one dense allreduce; with ``LIEC``, whose x is the mean of
+                local models, both do). Buffers, such as statistics of batch normalisation, are left alone.
 
         Raises:
             ValueError: for any other ``point``.
-            RuntimeError: between ``backward()`` and ``step()``, or inside another ``consensus()``.
+            RuntimeError: between ``backward()`` and ``step()`` (several ranks), inside another ``consensus()``, or for
+                "virtual" where gradients are held back (EF, LIEC) of an optimizer whose update is not proportional
+                to them (Adam).
         """
         return self._consensus.at(point)
 
     def flush(self) -> None:
-        """Apply everything that ranks still hold back in one dense step; all residuals are then zero (collective)."""
+        """Apply everything that ranks still hold back in one dense step; all residuals are then zero (collective).
+
+        Where gradients are held back (EF, LIEC) of an optimizer whose update is not proportional to them (Adam), that
+        is a step of the optimizer with their mean; else what is owed is subtracted.
+        """
         self._consensus.flush()
 
     def stats(self) -> Stats:
         """Figures of the last exchange and in total, of this rank."""
         reducer = self._reducer
+        link, sizes = reducer.link, [s.bucket.layout.total * s.bucket.dtype.itemsize for s in reducer.states]
+        dense_bytes = 2 * (link.size - 1) / link.size * sum(sizes)
         norms = [float(torch.linalg.vector_norm(r)) for r in (s.residual() for s in reducer.states) if r is not None]
         coefficients = [s.coefficient for s in reducer.states if hasattr(s, "coefficient")]
         return reducer.recorder.snapshot(
-            reducer.link.sent, reducer.dense_bytes, math.hypot(*norms), coefficients[0] if coefficients else math.nan
+            link.sent, dense_bytes, math.hypot(*norms), coefficients[0] if coefficients else math.nan
         )
 
     def state_dict(self) -> dict[str, Any]:

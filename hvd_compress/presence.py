@@ -28,7 +28,7 @@ class RollCall:
 
     def __init__(self, link: Link) -> None:
         self._link = link
-        self._count = torch.zeros(1)
+        self._count = torch.zeros(1, dtype=torch.float32)
         self._pending: Optional[Pending] = None
         self._complete = False
 

@@ -9,21 +9,18 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from hvd_compress import amp, arguments, presence, sparse
+from hvd_compress import amp, arguments, presence, refusals, sparse
 from hvd_compress.algorithms.base import Algorithm
-from hvd_compress.algorithms.states import GradientState, Rate, State, UpdateState
+from hvd_compress.algorithms.states import GradientState, State, UpdateState
 from hvd_compress.arguments import Groups
 from hvd_compress.buckets import Entry
 from hvd_compress.collectives import Average, Link, is_elastic
 from hvd_compress.exchange import Context, Reduction
-from hvd_compress.hooks import weakly
+from hvd_compress.hooks import eager, weakly
 from hvd_compress.partition import Partition
+from hvd_compress.rates import Rates, learning_rate
 from hvd_compress.rewrites import Rewrites
 from hvd_compress.telemetry import Recorder
-
-# Optimizers whose update grows with the gradient: for these a change of learning rate changes what a
-# residual in gradient units is worth.
-GRADIENT_SCALED = (torch.optim.SGD, torch.optim.ASGD)
 
 
 class Reducer:
@@ -64,6 +61,7 @@ class Reducer:
         self._stepping = False  # a closure's backward passes run inside the step
         self._built = False
         self._delay: dict[Parameter, int] = {}
+        self._rates = Rates(self._optimizer)
         self._rewrites = Rewrites(link, self.recorder)
         self._roll = presence.RollCall(link)
         self._calls_roll = algorithm.gathers and not algorithm.exchanges_updates
@@ -119,6 +117,8 @@ class Reducer:
         self._rewrites.forget()
 
     def _on_gradient(self, parameter: Tensor) -> None:
+        if self._optimizer() is None:
+            return  # dropped, and not yet collected: the model has been given to another one
         p = cast(Parameter, parameter)
         if not self.fired:
             self.fired = True
@@ -132,12 +132,10 @@ class Reducer:
         if not self._counts_passes:
             return
         if self._delay[p] <= 0:
-            raise AssertionError(
-                "Gradients were computed more than backward_passes_per_step times before call to step(). Increase "
-                f"backward_passes_per_step to accumulate gradients locally. (parameter {self.names[p]!r}, rank "
-                f"{self.link.rank}, backward_passes_per_step={self.passes})"
-            )
+            raise refusals.too_many_passes(self.names[p], self.link.rank, self.passes)
         self._delay[p] -= 1
+        if cast(Tensor, p.grad).requires_grad:
+            raise refusals.graph_wanted(self.names[p], self.link.rank)
         home = self._partition.home.get(p)
         # Under loss scaling nothing may leave before all ranks know that none of them has overflowed.
         if self._delay[p] or home is None or not self._built or self.scaled:
@@ -145,11 +143,13 @@ class Reducer:
         state = self.states[home]
         if not isinstance(state, GradientState):
             return
+        if (rate := self._rates.early(home, state, self._scaler_now())) is None:
+            return
         self._ready[home] += 1
         gradient = cast(Tensor, p.grad)
         # With several passes a refused extra one must still find the sum in p.grad.
         if self.passes == 1 and not gradient.is_sparse:
-            target = state.absorb(self._partition.place[p], gradient, self._rate(state))
+            target = state.absorb(self._partition.place[p], gradient, rate)
             if target is not None and target is not gradient:
                 p.grad = target
         if self._ready[home] == len(state.bucket.parameters):
@@ -202,23 +202,13 @@ class Reducer:
     def _updates(self) -> list[UpdateState]:
         return [state for state in self.states if isinstance(state, UpdateState)]
 
-    @property
-    def dense_bytes(self) -> float:
-        """Bytes one rank would send for an uncompressed exchange of everything."""
-        nbytes = sum(s.bucket.layout.total * s.bucket.dtype.itemsize for s in self.states)
-        return 2 * (self.link.size - 1) / self.link.size * nbytes
-
     # -- gradients -------------------------------------------------------------------------------------
 
-    def _rate(self, state: State) -> Rate:
-        optimizer = self._optimizer()
-        assert optimizer is not None
-        lr = float(optimizer.param_groups[state.bucket.group].get("lr", 1.0))
-        # A rank without any gradient at this step goes by the last one that had.
-        scaled = self.scaled if self.fired else self.scaler is not None
-        scale = amp.loss_scale(self.scaler, optimizer) if scaled and self.scaler is not None else 1.0
-        return Rate(lr, not isinstance(optimizer, GRADIENT_SCALED), scale)
+    def _scaler_now(self) -> Optional[Any]:
+        """The GradScaler of this step's gradients; a rank without any goes by the last step that had some."""
+        return None if self.fired and not self.scaled else self.scaler
 
+    @eager
     def _start(self, index: int) -> None:
         if self._calls_roll:
             self._roll.check()
@@ -226,9 +216,11 @@ class Reducer:
         gradients = [
             p.grad.to_dense() if p.grad is not None and p.grad.is_sparse else p.grad for p in state.bucket.parameters
         ]
-        state.start(self.step, gradients, self._rate(state))
+        state.start(self.step, gradients, self._rates.of(state, self._scaler_now()))
         self._started.append(index)
 
+    @eager
+    @torch.no_grad()
     def synchronize(self) -> bool:
         """Exchange gradients and leave the aggregate in ``p.grad``.
 
@@ -241,6 +233,7 @@ class Reducer:
             amp.poison(self.tracked)
             self._reset()
             return True
+        self._rates.check(self.states)
         try:
             for index in range(len(self.states)):
                 if index not in self._started:
@@ -257,6 +250,10 @@ class Reducer:
                 result = wait()
                 if parameter.grad is not None or self._counts_passes:
                     parameter.grad = result
+        except BaseException:
+            for state in self.states:  # no step came of what they have taken in
+                cast(GradientState, state).abandon()
+            raise
         finally:
             # Also after a failed collective: an elastic job goes on from here.
             self._reset()
@@ -289,14 +286,15 @@ class Reducer:
         self._reset()
         self.local_steps_done += 1
         states = self._updates()
+        for state in states:  # the step may have given a parameter new storage: p.data = ...
+            state.bucket.reclaim(state.local)
         if self.local_steps_done < self.algorithm.local_steps:
             for state in states:
                 state.underway = True
             return
         self.local_steps_done = 0
         for state in states:
-            lr = float(optimizer.param_groups[max(state.bucket.group, 0)].get("lr", 1.0))
-            state.start(self.step, lr)
+            state.start(self.step, learning_rate(optimizer, state.bucket))
         for state in states:
             state.advance()
         for state in states:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import uuid
 import warnings
+import weakref
 from typing import Any, Mapping, Optional, Sequence
 
 import torch
@@ -21,10 +22,13 @@ KEY = "hvd_compress"
 FORMAT = 2
 
 
-def collect(states: Sequence[State]) -> dict[str, Any]:
+def collect(states: Sequence[State], outside: Mapping[int, list[Tensor]]) -> dict[str, Any]:
     """All by parameter name: buffers by kind (live tensors, as torch's own state_dict gives), scalars of the bucket.
 
     Of "server" only this rank's shard is here, so "begins" says at which element of the parameter it begins.
+
+    Args:
+        outside: this rank's own points by the id of the state, where the parameters stand at a consensus point now.
     """
     buffers: dict[str, dict[str, Tensor]] = {}
     scalars: dict[str, dict[str, Any]] = {}
@@ -32,7 +36,8 @@ def collect(states: Sequence[State]) -> dict[str, Any]:
     for state in states:
         names = state.bucket.layout.names
         for kind, mirror in state.buffers().items():
-            buffers.setdefault(kind, {}).update(zip(names, mirror.views))
+            views = outside.get(id(state), mirror.views) if kind == "local" else mirror.views
+            buffers.setdefault(kind, {}).update(zip(names, views))
             if kind == "server":
                 begins.update(zip(names, mirror.begins))
         if own := state.scalars():
@@ -162,6 +167,18 @@ def _empty(state: State) -> None:
         state.place()
 
 
+def _start_anew(state: State) -> None:
+    """Nothing of ours was saved: hold nothing back; a model that was loaded before is the shared one."""
+    if isinstance(state, UpdateState):
+        state.bucket.reclaim(state.local)
+        if state.underway:
+            # Loaded, or stepped locally? All ranks together will see at the next exchange: each has its own otherwise.
+            state.underway = False
+            return _forget(state)
+        state.resume(state.local.flat.clone(), True, {})
+    _empty(state)
+
+
 class Keeper:
     """What an optimizer adds to its ``state_dict`` and takes out of one.
 
@@ -170,13 +187,21 @@ class Keeper:
     new ranks; and for optimizers without any state one entry, as the broadcast does nothing otherwise.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, reducer: Reducer) -> None:
-        self._reducer = reducer
-        self._optimizer = optimizer
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, reducer: Reducer, outside: Mapping[int, list[Tensor]]
+    ) -> None:
+        self._reducer, self._outside = reducer, outside
+        self._reference = weakref.ref(optimizer)  # which has this: it must not take a collector to let it go
         self._owner = uuid.uuid4().hex
         self._unclaimed: Optional[Mapping[str, Any]] = None
         reducer.on_build = self._claim
         reducer.on_settle = self.absorb
+
+    @property
+    def _optimizer(self) -> torch.optim.Optimizer:
+        optimizer = self._reference()
+        assert optimizer is not None
+        return optimizer
 
     def extend(self, state: dict[str, Any]) -> dict[str, Any]:
         """Add to torch's ``state`` what is ours."""
@@ -190,7 +215,7 @@ class Keeper:
                 "format": FORMAT, "owner": self._owner, "rank": reducer.link.rank, "size": reducer.link.size,
                 "step": reducer.step, "local_steps_done": reducer.local_steps_done,
                 "own_momentum": self._own_momentum(),
-                **collect(reducer.states),
+                **collect(reducer.states, self._outside),
             }
         # What a broadcast has brought is already true, although it is taken over only at the next step.
         if (brought := self._optimizer.param_groups[0].get(KEY)) is not None:
@@ -236,10 +261,9 @@ class Keeper:
             )
         self._unclaimed = None
         if saved is None:
+            reducer.local_steps_done = 0
             for state in reducer.states:
-                if isinstance(state, UpdateState):
-                    state.anchor()
-                _empty(state)
+                _start_anew(state)
             return
         if apart := set(saved.get("own_momentum", ())) - set(self._own_momentum()):
             warnings.warn(

@@ -111,11 +111,11 @@ class RewriteWatch:
             return
         now, device = self._sample(points), points[0].flat.device
         if self._fresh:
-            changed = [torch.ones(len(values), device=device) for values in now]
+            changed = [torch.ones(len(values), dtype=torch.float32, device=device) for values in now]
         else:
             changed = [(a != b).any(1).to(device, torch.float32) for a, b in zip(now, self._seen)]
         # A rank that has joined (hvd.join()) takes part with zeros, which shows in the first number.
-        self._row = torch.cat((torch.ones(1, device=device), *changed))
+        self._row = torch.cat((torch.ones(1, dtype=torch.float32, device=device), *changed))
         self._pending = self._link.allreduce_async(self._row, "rewrites", Sum)
 
     def rewritten(self, points: Sequence[Mirror], first: bool = False) -> Optional[list[list[bool]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -20,8 +21,12 @@ class ScaledStep:
     """
 
     def __init__(self, optimizer: Any, reducer: Reducer, fused: bool) -> None:
-        self._optimizer, self._reducer, self._fused = optimizer, reducer, fused
+        self._reference, self._reducer, self._fused = weakref.ref(optimizer), reducer, fused
         self.overflowed = False  # the exchange of this step was called off, on all ranks
+
+    @property
+    def _optimizer(self) -> Any:
+        return self._reference()
 
     def skip(self) -> bool:
         """Whether the step is to be left out, on all ranks if any has an infinite gradient; if not, unscale."""

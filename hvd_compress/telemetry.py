@@ -23,7 +23,8 @@ class Stats:
         decode_seconds: time of the last step spent decoding and placing.
         wait_seconds: time of the last step spent waiting for collectives.
         total_encode_seconds, total_decode_seconds, total_wait_seconds: the same since the beginning.
-        coefficient: DEF's detachment coefficient in force (measured if "auto"), else nan.
+        coefficient: DEF's detachment coefficient in force (measured if "auto"; 0.0 with ``GlobalSketch``, whose
+            vectors are exchanged by DEF undetached), else nan.
     """
 
     steps: int

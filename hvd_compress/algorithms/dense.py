@@ -59,10 +59,11 @@ class _DenseState(GradientState):
 
     def absorb(self, index: int, gradient: Tensor, rate: Rate) -> Optional[Tensor]:
         view = self.out.views[index]
-        if gradient.data_ptr() != view.data_ptr():
-            view.copy_(gradient)
         self._absorbed.add(index)
-        return view
+        if gradient.data_ptr() == view.data_ptr():
+            return gradient
+        view.copy_(gradient)
+        return view.detach()
 
     def abandon(self) -> None:
         self._absorbed.clear()
@@ -102,4 +103,4 @@ class _DenseState(GradientState):
             self.out.flat.copy_(self._wire)
         self._context.recorder.wait_seconds(waited - begin)
         self._context.recorder.decode_seconds(time.perf_counter() - waited)
-        return self.out.views
+        return [view.detach() for view in self.out.views]  # whose memory the user may exchange: p.grad.data = ...

@@ -183,7 +183,8 @@ class _DEFState(HeldUpdates):
         self._mean_square = MEMORY * self._mean_square + (1 - MEMORY) * mean_square
         if isinstance(self._mean_square, Tensor):
             tiny = torch.finfo(self.bucket.state_dtype).tiny
-            self._coefficient = (self._square_mean / self._mean_square.clamp(min=tiny)).clamp(max=1.0)
+            ratio = (self._square_mean / self._mean_square.clamp(min=tiny)).clamp(max=1.0)
+            self._coefficient = torch.where(self._mean_square > 0, ratio, self._coefficient)
         elif self._mean_square > 0:
             self._coefficient = min(1.0, float(self._square_mean) / self._mean_square)
 

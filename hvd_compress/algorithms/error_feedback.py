@@ -27,8 +27,9 @@ class EF(Algorithm):
         p_k = g_k + (eta_{t-1} / eta_t) e_k;   g = mean_k C(p_k);   e_k = p_k - C(p_k)
 
     and the wrapped optimizer steps with g, which is what ``p.grad`` holds after ``synchronize()``. The
-    ratio of learning rates keeps what is owed in update units; it is 1 where a rate is 0 and for
-    optimizers whose update does not grow with the gradient (Adam and its kin).
+    ratio of learning rates keeps what is owed in update units (a rate of 0 is passed over); it is 1 for
+    optimizers whose update does not grow with the gradient (Adam and its kin). With top-k this is MEM-SGD
+    (Stich et al. 2018, algorithm 1), with signs EF-SignSGD (Karimireddy et al. 2019, algorithm 1).
 
     Args:
         compressor: what is sent; any but a sketch. Summed payloads travel by one allreduce per bucket,
@@ -72,22 +73,20 @@ class _EFState(GradientState):
         self._residual = bucket.mirror(bucket.state_dtype)
         self._targets: list[Optional[Tensor]] = [None] * len(bucket.parameters)
         self._absorbed = False
-        self._rate_comes_late = False
         self._unit, self._lr, self._loss_scale = 1.0, 0.0, 1.0
-        self._owed_at: Optional[float] = None
 
     def buffers(self) -> dict[str, Mirror]:
         return {"residual": self._residual, **self._exchange.memory()}
 
     def scalars(self) -> dict[str, Any]:
-        return {"unit": self._unit, "lr": self._lr, "owed_at": self._owed_at}
+        return {"unit": self._unit, "lr": self._lr, "owed_at": self.owed_at}
 
     def load_scalars(self, saved: Mapping[str, Any]) -> None:
         self._unit, self._lr = float(saved["unit"]), float(saved["lr"])
-        self._owed_at = saved["owed_at"]
+        self.owed_at = saved["owed_at"]
 
     def conversion(self, saved: Mapping[str, Any]) -> float:
-        there, here = saved["owed_at"], self._owed_at
+        there, here = saved["owed_at"], self.owed_at
         return float(self._unit / saved["unit"] * (1.0 if there is None or here is None else there / here))
 
     def residual(self) -> Optional[Tensor]:
@@ -101,13 +100,12 @@ class _EFState(GradientState):
                 fold = 2.0 ** -round(math.log2(self._unit))
                 self._residual.flat.mul_(fold)
                 self._unit *= fold
-        self._lr = rate.lr
-        self._owed_at = rate_of_debt(rate, self._config.rescale_residual, self._owed_at)
+        if rate.lr > 0:  # what is held back at a rate of 0 is owed at the one before
+            self._lr = rate.lr
+        self.owed_at = rate_of_debt(rate, self._config.rescale_residual, self.owed_at)
         self._loss_scale = rate.loss_scale
 
     def absorb(self, index: int, gradient: Tensor, rate: Rate) -> Optional[Tensor]:
-        if self._rate_comes_late:
-            return None
         if not self._absorbed:
             self._follow(rate)
             self._absorbed = True
@@ -128,10 +126,6 @@ class _EFState(GradientState):
         begin = time.perf_counter()
         if not self._absorbed:
             self._follow(rate)
-        elif rate.lr != self._lr:
-            # The learning rate is set between backward() and step(): this step's gradients have met the
-            # residual at the previous rate. From now on wait for the new one.
-            self._rate_comes_late = True
         fresh = [i for i, g in enumerate(gradients) if g is not None and self._targets[i] is None]
         if fresh:
             found = [gradients[i] for i in fresh]
@@ -162,11 +156,10 @@ class _EFState(GradientState):
         self._context.recorder.decode_seconds(time.perf_counter() - begin)
         return targets
 
-    def owed(self, lr: float) -> Optional[Tensor]:
+    def debt(self) -> Optional[Tensor]:
         # With op=Sum the wrapped optimizer will see the ranks' sum.
         shares = 1 if self._context.averages else self._context.link.size
-        rate = lr if self._owed_at is None else self._owed_at
-        return self._residual.flat * (rate / self._unit * shares)
+        return self._residual.flat * (shares / self._unit)
 
     def forgive(self) -> None:
         self._residual.flat.zero_()

@@ -91,7 +91,6 @@ class _LIECState(GradientState):
         self._mean: Optional[_Mean] = None
         self._averaging = False
         self._lr, self._loss_scale = 0.0, 1.0
-        self._owed_at: Optional[float] = None
 
     def buffers(self) -> dict[str, Mirror]:
         self.bucket.reclaim(self._local)
@@ -102,13 +101,13 @@ class _LIECState(GradientState):
         self._carried = self.bucket.mirror(self.bucket.state_dtype) if "carried" in kinds else None
 
     def scalars(self) -> dict[str, Any]:
-        return {"lr": self._lr, "owed_at": self._owed_at}
+        return {"lr": self._lr, "owed_at": self.owed_at}
 
     def load_scalars(self, saved: Mapping[str, Any]) -> None:
-        self._lr, self._owed_at = float(saved["lr"]), saved["owed_at"]
+        self._lr, self.owed_at = float(saved["lr"]), saved["owed_at"]
 
     def conversion(self, saved: Mapping[str, Any]) -> float:
-        there, here = saved["owed_at"], self._owed_at
+        there, here = saved["owed_at"], self.owed_at
         return 1.0 if there is None or here is None else float(there / here)
 
     def take_back(self, index: int, begin: int, values: Tensor) -> None:
@@ -145,8 +144,10 @@ class _LIECState(GradientState):
                 self._exchange.error.mul_(ratio)
                 if self._carried is not None:
                     self._carried.flat.mul_(ratio)
-        self._lr, self._loss_scale = rate.lr, rate.loss_scale
-        self._owed_at = rate_of_debt(rate, self._config.rescale_residual, self._owed_at)
+        if rate.lr > 0:  # what is held back at a rate of 0 is owed at the one before
+            self._lr = rate.lr
+        self._loss_scale = rate.loss_scale
+        self.owed_at = rate_of_debt(rate, self._config.rescale_residual, self.owed_at)
 
     def start(self, step: int, gradients: Sequence[Optional[Tensor]], rate: Rate) -> None:
         begin = time.perf_counter()
@@ -204,7 +205,7 @@ class _LIECState(GradientState):
         if self._out is not self._direction:
             self._out.flat.copy_(d)
         self._context.recorder.decode_seconds(time.perf_counter() - begin)
-        return self._out.views
+        return [view.detach() for view in self._out.views]  # whose memory the user may exchange: p.grad.data = ...
 
     def _finish_averaging(self) -> None:
         begin = time.perf_counter()
@@ -222,12 +223,11 @@ class _LIECState(GradientState):
             return None
         return link.allreduce(self.parameters_now(), f"{self.bucket.name}.models")
 
-    def owed(self, lr: float) -> Optional[Tensor]:
-        owed = self._exchange.owed()
+    def debt(self) -> Optional[Tensor]:
+        debt = self._exchange.owed()
         if self._carried is not None:
-            owed.add_(self._carried.flat)
-        rate = lr if self._owed_at is None else self._owed_at
-        return owed.mul_(rate * (1 if self._context.averages else self._context.link.size))
+            debt.add_(self._carried.flat)
+        return debt if self._context.averages else debt.mul_(self._context.link.size)
 
     def forgive(self) -> None:
         self._exchange.error.zero_()

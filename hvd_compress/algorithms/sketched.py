@@ -45,7 +45,8 @@ class GlobalSketch(Algorithm):
         k: coordinates applied per step and bucket; None: half as many as the sketch has columns, and all
             when the sketch is exact (density 1).
         candidates: c, how many candidates per applied coordinate have their values fetched.
-        masking: clear the local momentum where it was sent (torch.optim.SGD's; others are left alone).
+        masking: clear the local momentum where it was sent ("momentum_buffer" in the optimizer's state, as SGD and
+            RMSprop have it; others are left alone).
         clip_norm: clip the norm of the local gradient to this over the square root of the number of ranks
             before it becomes momentum; None: do not.
         dense_vectors: parameters of one dimension (biases, norms) are averaged uncompressed, as is usual.

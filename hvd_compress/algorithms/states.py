@@ -123,9 +123,11 @@ class GradientState(BucketState):
 
     Attributes:
         delays: whether a gradient may count at later steps: then also a parameter without one has a result.
+        owed_at: the learning rate at which what is held back counts; None: whatever rate comes.
     """
 
     delays: bool = True
+    owed_at: Optional[float] = None
 
     def absorb(self, index: int, gradient: Tensor, rate: Rate) -> Optional[Tensor]:
         """Take in the final gradient of the bucket's parameter ``index`` while it is still in the cache.
@@ -151,6 +153,14 @@ class GradientState(BucketState):
     @abc.abstractmethod
     def finish(self) -> list[Tensor]:
         """Wait; returns what ``p.grad`` shall be, for each parameter of the bucket."""
+
+    def debt(self) -> Optional[Tensor]:
+        """Flat vector whose mean over ranks is what the aggregates still lack, in ``p.grad``'s units (new), or None."""
+        return None
+
+    def owed(self, lr: float) -> Optional[Tensor]:
+        debt = self.debt()
+        return None if debt is None else debt.mul_(lr if self.owed_at is None else self.owed_at)
 
     def shared_point(self, link: Link) -> Optional[Tensor]:
         return None

@@ -98,6 +98,10 @@ class Codec(abc.ABC):
     def accumulate(self, wire: Tensor, flat: Tensor, alpha: float) -> None:
         """``flat += alpha * decode(wire)``."""
 
+    def keep_back(self, wire: Tensor, flat: Tensor) -> None:
+        """``flat -= decode(wire)`` for the payload of this ``flat``."""
+        self.accumulate(wire, flat, -1.0)
+
     def clear(self, wire: Tensor, flat: Tensor) -> None:
         """Set the coordinates that ``wire`` stands for to zero in ``flat`` (compressors that select coordinates)."""
         raise NotImplementedError(f"{type(self).__name__} sends something of every coordinate")
@@ -189,7 +193,9 @@ class ShardedCodec:
 
     def keep_back(self, wires: Sequence[Tensor], flat: Tensor) -> None:
         """``flat -= decode(wires)`` for the messages of the last ``encode``."""
-        self.accumulate(wires, flat, -1.0)
+        for index, (codec, wire) in enumerate(zip(self.codecs, wires)):
+            if wire.numel():
+                codec.keep_back(wire, self.shard(flat, index))
 
     def accumulate(self, wires: Sequence[Tensor], flat: Tensor, alpha: float) -> None:
         """``flat += alpha * decode(wires)``, one message for each shard."""

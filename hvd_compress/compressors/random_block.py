@@ -113,6 +113,9 @@ class _RandomBlockCodec(SummableCodec):
     def accumulate(self, wire: Tensor, flat: Tensor, alpha: float) -> None:
         torch._foreach_add_(self._blocks(flat), self._values(wire), alpha=alpha)
 
+    def keep_back(self, wire: Tensor, flat: Tensor) -> None:
+        self.clear(wire, flat)  # the same for numbers, and a nan that was sent leaves with the payload
+
     def write(self, wire: Tensor, flat: Tensor) -> None:
         torch._foreach_copy_(self._blocks(flat), self._values(wire))
 

@@ -167,6 +167,9 @@ class _RandomKCodec(SummableCodec):
     def accumulate(self, wire: Tensor, flat: Tensor, alpha: float) -> None:
         flat.index_add_(0, self._index, wire, alpha=alpha)
 
+    def keep_back(self, wire: Tensor, flat: Tensor) -> None:
+        self.clear(wire, flat)  # the same for numbers, and a nan that was sent leaves with the payload
+
     def write(self, wire: Tensor, flat: Tensor) -> None:
         flat.index_copy_(0, self._index, wire)
 

@@ -178,6 +178,15 @@ class _Blocks:
             values.mul_(factors.index_select(0, self._block_of()))
         flat.add_(values)
 
+    def take_off(self, bits: Tensor, scales: Tensor, flat: Tensor) -> None:
+        """``flat -= scale * sign``; a block with an infinity or nan, which has been sent as such, becomes zeros."""
+        self.add(bits, scales, flat, -1.0)
+        if self._device.type != "cpu":
+            flat.nan_to_num_(0.0, 0.0, 0.0)
+            return
+        for block in np.flatnonzero(~np.isfinite(scales.numpy())).tolist():
+            flat[int(self.ends[block] - self.lengths[block]) : int(self.ends[block])] = 0.0
+
     def _buffers(self) -> tuple[Tensor, Tensor, Tensor]:
         """A bool and an int64 for each sign and each eight, and a number for each element; kept."""
         if self._scratch is None:
@@ -228,6 +237,9 @@ class _SignCodec(Codec):
     def accumulate(self, wire: Tensor, flat: Tensor, alpha: float) -> None:
         self._blocks.add(*self._parts(wire), flat, alpha)
 
+    def keep_back(self, wire: Tensor, flat: Tensor) -> None:
+        self._blocks.take_off(*self._parts(wire), flat)
+
 
 class _ShardedSigns(ShardedCodec):
     """Signs and scales are taken once, of the whole vector; each message has those that its shard needs."""
@@ -251,4 +263,4 @@ class _ShardedSigns(ShardedCodec):
             codec.fill(wire, self._bits[of_bits], self._scales[of_scales])
 
     def keep_back(self, wires: Sequence[Tensor], flat: Tensor) -> None:
-        self._whole.add(self._bits, self._scales, flat, -1.0)  # in one go, however many shards there are
+        self._whole.take_off(self._bits, self._scales, flat)  # in one go, however many shards there are

@@ -146,6 +146,9 @@ class TopKCodec(Codec):
         values, places = self.unpack(wire)
         flat.index_add_(0, places, values, alpha=alpha)
 
+    def keep_back(self, wire: Tensor, flat: Tensor) -> None:
+        self.clear(wire, flat)  # the same for numbers, and a nan that was sent leaves with the payload
+
     def clear(self, wire: Tensor, flat: Tensor) -> None:
         values, places = self.unpack(wire)
         if self._sampled:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Sequence
 
@@ -31,7 +32,8 @@ class Identity(Compressor):
 
 @dataclass(frozen=True)
 class Cast(Compressor):
-    """Send every element as ``dtype``; values beyond its range are sent as its largest finite value.
+    """Send every element as ``dtype``; values beyond its range are sent as its largest finite value,
+    infinities as nan.
 
     Where payloads of P ranks are summed in float16 (EF, DEF), the largest value is 2^15 / P, so that the sum
     stays in range; error feedback keeps the rest.
@@ -74,6 +76,8 @@ def _saturating_copy(source: Tensor, target: Tensor) -> None:
     limit = torch.finfo(target.dtype).max
     if limit < torch.finfo(source.dtype).max:
         target.clamp_(-limit, limit)
+        # An infinity is no number to be paid off bit by bit: it must show.
+        target.masked_fill_(source.isfinite().logical_not_(), math.nan)
 
 
 class _WholeCodec(SummableCodec):
@@ -89,6 +93,13 @@ class _WholeCodec(SummableCodec):
 
     def accumulate(self, wire: Tensor, flat: Tensor, alpha: float) -> None:
         flat.add_(wire, alpha=alpha)
+
+    def keep_back(self, wire: Tensor, flat: Tensor) -> None:
+        if wire.dtype == flat.dtype:
+            flat.zero_()
+            return
+        self.accumulate(wire, flat, -1.0)
+        flat.nan_to_num_(0.0, 0.0, 0.0)  # what was sent has left, whatever it was
 
     def write(self, wire: Tensor, flat: Tensor) -> None:
         flat.copy_(wire)

@@ -41,7 +41,7 @@ class GatheredExchange(Exchange):
         self._received = torch.split(everything, self._codec.numel) if self._codec.numel else ()
 
     def keep_back(self, residual: Tensor) -> None:
-        self._codec.accumulate(self._sent, residual, -1.0)
+        self._codec.keep_back(self._sent, residual)
 
     def deliver(self, target: Tensor, alpha: float) -> None:
         share = alpha / self.context.link.size if self.context.averages else alpha

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hvd_compress.buckets import Bucket
 from hvd_compress.compressors.base import Compressor, SummableCodec
-from hvd_compress.exchange.base import Context, Exchange
+from hvd_compress.exchange.base import Context, Exchange, Reduction
 from hvd_compress.exchange.ring import Ring
 
 HALF_RANGE = 2.0**15  # of float16, the other half being for what adding up rounds
@@ -33,6 +33,9 @@ class SummedExchange(Exchange):
         self.sent = torch.zeros(n, dtype=self.codec.dtype, device=bucket.device)
         buffer = torch.zeros(n + rides, dtype=self.codec.dtype, device=bucket.device)
         self.received, self.tail = buffer[:n], buffer[n:]
+        if self.codec.dtype.itemsize == 2:
+            # ``encode`` keeps sums in range; divided before, small values would vanish with nobody to hold them.
+            context = context._replace(reduction=Reduction(context.reduction.op))
         self._rings = [Ring(buffer, "sum", bucket, context)]
         if tail and not rides:
             self.tail = torch.zeros(tail, dtype=bucket.state_dtype, device=bucket.device)
@@ -60,7 +63,7 @@ class SummedExchange(Exchange):
             ring.wait()
 
     def keep_back(self, residual: Tensor) -> None:
-        self.codec.accumulate(self.sent, residual, -1.0)
+        self.codec.keep_back(self.sent, residual)
 
     def deliver(self, target: Tensor, alpha: float) -> None:
         self.codec.accumulate(self.received, target, alpha)

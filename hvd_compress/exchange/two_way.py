@@ -145,7 +145,7 @@ class TwoWayExchange:
         codec, wire = self._down.codecs[me], self._answers.wires[me]
         if wire.numel():
             codec.encode(total, wire)
-            codec.accumulate(wire, total, -1.0)
+            codec.keep_back(wire, total)
         start = sum(self._answers.lengths[:me])
         mine = self._answers.buffer[start : start + self._answers.lengths[me]]
         self._pending = self.context.link.allgather_async(mine, f"{self.bucket.name}.down")

@@ -106,29 +106,31 @@ def through_a_file(value: Any) -> Any:
 def resumes_exactly(
     make: Callable[[int], tuple[Any, Any]], steps: int, more: int, schedule: Callable[[int], float], what: str
 ) -> None:
-    """Saved after ``steps`` steps, at this rank's own point or at x, a run goes on as if never interrupted.
+    """Saved after ``steps`` steps a run goes on as if never interrupted: all at x, only the model there, or nothing.
 
     Args:
         make: gives a model and its optimizer, from a seed for the parameters.
     """
-    for at_consensus in (True, False):
+    for where in ("consensus", "model at consensus", "own"):
         model, optimizer = make(0)
         train(model, optimizer, steps, schedule)
-        if at_consensus:
+        if where == "own":
+            weights = through_a_file(model.state_dict())
+        else:
             with optimizer.consensus():
                 weights = through_a_file(model.state_dict())
-        else:
-            weights = through_a_file(model.state_dict())
-        state = through_a_file(optimizer.state_dict())
+                state = through_a_file(optimizer.state_dict())
+        if where != "consensus":
+            state = through_a_file(optimizer.state_dict())
         train(model, optimizer, more, schedule, first=steps)
         again, resumed = make(1)
         again.load_state_dict(weights)
         resumed.load_state_dict(state)
         train(again, resumed, more, schedule, first=steps)
-        assert torch.equal(flat(again), flat(model)), f"{what}, at_consensus={at_consensus}"
-        assert torch.equal(held(resumed), held(optimizer)), f"{what}, at_consensus={at_consensus}"
+        assert torch.equal(flat(again), flat(model)), f"{what}, saved at {where}"
+        assert torch.equal(held(resumed), held(optimizer)), f"{what}, saved at {where}"
         with resumed.consensus():
-            same_everywhere(flat(again), f"x after resuming, {what}, at_consensus={at_consensus}")
+            same_everywhere(flat(again), f"x after resuming, {what}, saved at {where}")
 
 
 def raises(kind: type[BaseException], *fragments: str, call: Callable[[], Any]) -> None:

@@ -45,6 +45,7 @@ def test_codecs(uploading: Uploading, compressor: Compressor, dtype: torch.dtype
         codec.begin(step)
         codec.encode(flat, wire)
         codec.accumulate(wire, flat, -0.5)
+        codec.keep_back(wire, flat)
         if compressor.selects:
             codec.clear(wire, flat)
         if isinstance(codec, SummableCodec):

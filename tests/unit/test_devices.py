@@ -112,6 +112,7 @@ def test_codecs(accelerator: Accelerator, compressor: Compressor, dtype: torch.d
         codec.begin(step)
         codec.encode(flat, wire)
         codec.accumulate(wire, flat, -0.5)
+        codec.keep_back(wire, flat)
         codec.write(wire, flat)
         codec.scatter(wire, torch.split(flat, list(layout.numels)))
 

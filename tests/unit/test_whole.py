@@ -120,10 +120,10 @@ def test_cast_is_a_contraction_with_exact_mass(numbers: list[float]) -> None:
 
 
 OVERFLOWS = [
-    (torch.float32, torch.float16, [7e4, -7e4, 3e38, -3e38, math.inf, -math.inf, 65519.0, 65520.0]),
-    (torch.float64, torch.float16, [7e4, -7e4, 1e300, -1e300, math.inf, -math.inf]),
-    (torch.float64, torch.float32, [1e39, -1e39, 1e300, math.inf, -math.inf]),
-    (torch.bfloat16, torch.float16, [7e4, -7e4, 3e38, math.inf, -math.inf]),
+    (torch.float32, torch.float16, [7e4, -7e4, 3e38, -3e38, 65519.0, 65520.0]),
+    (torch.float64, torch.float16, [7e4, -7e4, 1e300, -1e300]),
+    (torch.float64, torch.float32, [1e39, -1e39, 1e300]),
+    (torch.bfloat16, torch.float16, [7e4, -7e4, 3e38]),
 ]
 
 
@@ -138,11 +138,12 @@ def test_cast_saturates(dtype: torch.dtype, wire: torch.dtype, numbers: list[flo
 
 @pytest.mark.parametrize("wire", [torch.float16, torch.float32])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_nan_stays_nan(dtype: torch.dtype, wire: torch.dtype) -> None:
-    v = torch.tensor([1.0, math.nan, -2.0], dtype=dtype)
-    assert torch.isnan(there_and_back(Cast(wire), v)).tolist() == [False, True, False]
-    flat = torch.tensor([math.nan, *range(12)], dtype=torch.float64)
-    assert torch.isnan(through_codec(Cast(wire), flat)).tolist() == [True] + [False] * 12
+def test_what_is_no_number_stays_none(dtype: torch.dtype, wire: torch.dtype) -> None:
+    """An infinity would saturate to a number that is sent for ever: it must show."""
+    v = torch.tensor([1.0, math.nan, -2.0, math.inf, -math.inf], dtype=dtype)
+    assert torch.isfinite(there_and_back(Cast(wire), v)).tolist() == [True, False, True, False, False]
+    flat = torch.tensor([math.nan, -math.inf, *range(11)], dtype=torch.float64)
+    assert torch.isfinite(through_codec(Cast(wire), flat)).tolist() == [False] * 2 + [True] * 11
 
 
 def test_an_upward_cast_changes_nothing() -> None:
