@@ -46,11 +46,11 @@ def test_the_number_of_ranks_changes(name: str, momentum: str, before: int, afte
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=settings, start_new_session=True
     )
     try:
-        output, _ = process.communicate(timeout=150)
+        output, _ = process.communicate(timeout=300)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         output, _ = process.communicate()
-        pytest.fail(f"killed after 150 s\n{output}")
+        pytest.fail(f"killed after 300 s\n{output}")
     assert process.returncode == 0, output
     assert output.count(f"finished on {after} ranks") == after, output
     assert "residual kept" in output, output

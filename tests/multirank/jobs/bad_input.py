@@ -12,7 +12,6 @@ import torch
 from common import network, raises, sgd, wrap
 from torch import nn
 
-import hvd_compress
 from hvd_compress import (
     DEF,
     EF,
@@ -204,6 +203,10 @@ def check_ranks_disagree_in_options() -> None:
     model = network()
     odd = hvd.rank() == 1
     raises(ValueError, "sparse_as_dense", "rank 1 has", call=lambda: attempt(model, sparse_as_dense=odd))
+    op = hvd.Sum if odd else hvd.Average
+    raises(ValueError, "op, gradient_predivide_factor", "rank 1 has", call=lambda: attempt(model, op=op))
+    passes = 1 + odd
+    raises(ValueError, "passes", "rank 1 has", call=lambda: attempt(model, backward_passes_per_step=passes))
     kind = torch.optim.Adam if odd else torch.optim.SGD
     raises(
         ValueError, "class of the optimizer", "SGD", "Adam", f"this is rank {hvd.rank()}",
@@ -237,13 +240,6 @@ def check_horovod_still_works_afterwards() -> None:
     model(torch.ones(2, 5)).sum().backward()
     optimizer.step()
     assert float(hvd.allreduce(torch.ones(1), op=hvd.Sum, name="test.alive")) == hvd.size()
-
-
-def check_not_initialised() -> None:
-    hvd.shutdown()
-    model = network()
-    raises(ValueError, "hvd.init()", call=lambda: hvd_compress.DistributedOptimizer(sgd(model)))
-    hvd.init()
 
 
 if __name__ == "__main__":

@@ -17,29 +17,33 @@ FULL_RANKS = (1, 3)
 MPI_RANKS = (2,)
 ALL = (*EXACT, *LOSSY)
 SCALE = 2.0**10
+RECIPES = ("synchronize", "step", "unscale")
 
 
-def step(model: Any, optimizer: Any, scaler: Any, t: int, recipe: bool, infinite: bool = False) -> None:
-    """One scaled step, by Horovod's recipe (synchronize, unscale, clip, step) or by torch's plain one."""
+def step(model: Any, optimizer: Any, scaler: Any, t: int, recipe: str, infinite: bool = False) -> None:
+    """One scaled step, by Horovod's recipe (synchronize, unscale, clip, step), or by one of torch's."""
     optimizer.zero_grad()
     loss = loss_of(model, hvd.rank(), t)
     if infinite:
         loss = loss * float("inf")
     scaler.scale(loss).backward()
-    if recipe:
+    if recipe == "synchronize":
         optimizer.synchronize()
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 100.0)
         with optimizer.skip_synchronize():
             scaler.step(optimizer)
     else:
+        if recipe == "unscale":
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 100.0)
         scaler.step(optimizer)
     scaler.update()
 
 
 def check_scaled_training_equals_unscaled() -> None:
     for compression in ALL:
-        for recipe in (True, False):
+        for recipe in RECIPES:
             model, plain = network(torch.float64), network(torch.float64)
             optimizer = wrap(model, torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9), compression)
             twin = wrap(plain, torch.optim.SGD(plain.parameters(), lr=0.05, momentum=0.9), compression)
@@ -65,14 +69,14 @@ def check_clipping_of_local_gradients_sees_them_unscaled() -> None:
             optimizer = wrap(model, plain, DEF(TopK(0.25), 0.0, clip_norm=0.05))
             scaler = torch.amp.GradScaler("cpu", init_scale=SCALE, enabled=enabled)
             for t in range(5):
-                step(model, optimizer, scaler, t, recipe=False)
+                step(model, optimizer, scaler, t, recipe="step")
             results.append(flat(model) - flat(network()))
         close(results[1], results[0], 1e-3, f"distance gone, fused={fused}")
 
 
 def check_overflow_on_one_rank_skips_everywhere() -> None:
     for compression in ALL:
-        for recipe in (True, False):
+        for recipe in RECIPES:
             model = network()
             optimizer = wrap(model, torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9), compression)
             scaler = torch.amp.GradScaler("cpu", init_scale=SCALE)
@@ -103,7 +107,7 @@ def check_scaled_and_unscaled_steps_mix() -> None:
         scaler = torch.amp.GradScaler("cpu", init_scale=SCALE)
         for t in range(8):
             if t % 2:
-                step(model, optimizer, scaler, t, recipe=True)
+                step(model, optimizer, scaler, t, recipe="synchronize")
             else:
                 optimizer.zero_grad()
                 loss_of(model, hvd.rank(), t).backward()
@@ -127,7 +131,7 @@ def check_ranks_outside_the_process_set_scale_on_their_own() -> None:
             scaler = torch.amp.GradScaler("cpu", init_scale=SCALE)
             for t in range(4):
                 infinite = t == 1
-                step(model, optimizer, scaler, t, recipe=t == 2, infinite=infinite)
+                step(model, optimizer, scaler, t, recipe="synchronize" if t == 2 else "step", infinite=infinite)
                 if not infinite:
                     twin.zero_grad()
                     loss_of(plain, hvd.rank(), t).backward()

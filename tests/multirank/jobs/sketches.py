@@ -44,6 +44,11 @@ def check_global_sketch_beside_dense_vectors() -> None:
         compare(GlobalSketch(sketch, rescale_residual=rescale), expected, heavy_ball)
 
 
+def check_how_many_are_looked_for_and_applied() -> None:
+    expected = plain.global_sketch(hvd.size(), 30, 3, 2, matrix_of(SKETCH), schedule, heavy_ball, True)
+    compare(GlobalSketch(SKETCH, k=3, candidates=2, dense_vectors=False), expected, heavy_ball)
+
+
 def check_sketches_of_everything_are_data_parallel() -> None:
     for exchange in exchanges():
         model = network(torch.float64)
