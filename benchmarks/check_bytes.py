@@ -21,7 +21,7 @@ from benchmarks.netlab.launch import exit_on_sigterm
 
 TOLERANCE = 0.05
 _METHODS = ("dense", "ef", "def")
-# Horovod's ranks negotiate once a cycle even when there is nothing to do: 0.2-0.5 MB/s at its default of
+# Horovod's ranks negotiate once a cycle even when there is nothing to do: 0.1-0.8 MB/s at its default of
 # 1 ms, which is no part of what a step sends. Longer cycles make it small against the payload.
 _ENVIRONMENT = {"HOROVOD_CYCLE_TIME": "20"}
 

@@ -27,6 +27,7 @@ import report  # noqa: E402
 
 from benchmarks.page import BEGIN, END, update_page  # noqa: E402
 from benchmarks.papers_cases import CASES  # noqa: E402
+from benchmarks.surroundings import surroundings  # noqa: E402
 
 WORKER = ROOT / "benchmarks" / "papers_worker.py"
 RESULTS = ROOT / "benchmarks" / "results" / "papers.json"
@@ -34,6 +35,7 @@ FIGURE = ROOT / "docs" / "figures" / "papers.png"
 PAGE = ROOT / "docs" / "papers.md"
 TUNING, TUNING_SEED, EXTENSIONS = 3, 1000, 6  # a fraction of the steps; not a seed of the table; beyond the grid
 POINTS = 10  # evaluations along a run
+FLOOR, MARKERS = 50, "osD^v<>Xp*h"  # of the figure
 GUESSING = 15.0  # percent: no better than this is guessing at one of ten classes
 Run = tuple[str, float, int, int]
 
@@ -141,18 +143,20 @@ def plot(summaries: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     papers = list(dict.fromkeys(s["paper"] for s in summaries))
-    figure, panels = pyplot.subplots(1, len(papers), figsize=(4.6 * len(papers), 4.2), layout="constrained",
+    figure, panels = pyplot.subplots(1, len(papers), figsize=(4.6 * len(papers), 5.2), layout="constrained",
                                      squeeze=False)
     for axes, paper in zip(panels[0], papers):
         for index, s in enumerate(s for s in summaries if s["paper"] == paper):
             x = [step for step, _ in s["curve"][0]]
             points = [statistics.mean(accuracy for _, accuracy in at) for at in zip(*s["curve"])]
-            colour, style = report.STYLES[index % len(report.STYLES)]
-            marker = "o" if index >= len(report.STYLES) else None
-            axes.plot(x, points, linestyle=style, color=colour, label=s["case"], marker=marker, ms=3)
-        axes.set(title=paper, xlabel="step", ylabel="test accuracy (%)", ylim=(50, 92))
+            # Full precision is black everywhere; each other method has a colour and a marker of its own.
+            dense = s["case"].startswith("full precision")
+            look = {"color": "black", "ls": "--"} if dense else {"color": f"C{index}", "marker": MARKERS[index]}
+            final = f" ({points[-1]:.0f} %)" if points[-1] < FLOOR + 2 else ""
+            axes.plot(x, points, label=s["case"] + final, ms=4, lw=1.3, **look)
+        axes.set(title=paper, xlabel="step", ylabel=f"test accuracy (%), cut at {FLOOR}", ylim=(FLOOR, 92))
         axes.grid(alpha=0.25)
-        axes.legend(fontsize=7, loc="lower right")
+        axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
@@ -185,7 +189,8 @@ def main() -> int:
     print("\n" + markdown(summaries))
     if not args.no_docs:
         line = shlex.join(["python", "benchmarks/papers.py", *sys.argv[1:]])
-        summaries = beside_others([{**s, "command": line} for s in summaries])
+        around = {"command": line, **surroundings()}  # rows are renewed one by one
+        summaries = beside_others([{**s, **around} for s in summaries])
         report.write_json({"records": summaries}, RESULTS)
         plot(summaries, FIGURE)
         if not PAGE.exists():

@@ -11,12 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import subprocess
 import sys
-import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +21,7 @@ from benchmarks.netlab import Cluster, ClusterRun, NetlabError, RunFailed, launc
 from benchmarks.netlab.cluster import parse_rate, rate_name
 from benchmarks.netlab.launch import exit_on_sigterm
 from benchmarks.report import met, plot, summarise, table
+from benchmarks.surroundings import surroundings
 
 ROOT = Path(__file__).resolve().parents[1]
 _RANK_SCRIPT = ROOT / "benchmarks" / "step_time.py"
@@ -77,34 +73,6 @@ def measure(cluster: Cluster, rate: float | None, args: argparse.Namespace) -> d
 def measurements(run: ClusterRun) -> list[dict[str, Any]]:
     """Return the JSON line that ends each rank's output."""
     return [json.loads(output.strip().splitlines()[-1]) for output in run.stdout]
-
-
-def surroundings() -> dict[str, Any]:
-    """Return what a reader needs to place the figures: machine, versions, date."""
-    model = platform.processor()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        model = names[0] if names else model
-    return {
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "cpu": model, "cores": os.cpu_count(), "load_before": round(os.getloadavg()[0], 2),
-        "kernel": platform.release(), "python": platform.python_version(), "commit": _commit(),
-        "versions": {name: _version(name) for name in ("torch", "horovod", "hvd_compress", "numpy")},
-    }
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
-
-
-def _commit() -> str:
-    done = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty"],
-                          check=False, capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"
 
 
 def main(argv: list[str] | None = None) -> int:

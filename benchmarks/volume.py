@@ -23,6 +23,7 @@ from benchmarks.models import resnet50
 from benchmarks.netlab import Cluster, NetlabError, RunFailed, launch
 from benchmarks.netlab.launch import exit_on_sigterm
 from benchmarks.netlab.mpi import launch_mpi
+from benchmarks.surroundings import surroundings
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "volume.json"
@@ -68,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds for the runs of one size")
     args = parser.parse_args(argv)
     exit_on_sigterm()
-    records = []
+    records, around = [], surroundings()
     print(f"{'hosts':>5}  {'method':<34}{'formula MB':>12}{'stats MB':>12}{'counted MB':>12}{'difference':>12}")
     try:
         for hosts in args.hosts:
@@ -85,7 +86,8 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     if tuple(args.hosts) == HOSTS and args.methods == list(METHODS):
         command = " ".join(["python benchmarks/volume.py", *(argv if argv is not None else sys.argv[1:])])
-        RESULTS.write_text(json.dumps({"command": command, "records": records}, indent=1) + "\n", encoding="utf-8")
+        found = {"command": command, **around, "records": records}
+        RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         volume_page.write(records)
         print(f"\nwritten: {RESULTS.relative_to(ROOT)}, docs/volume.md and its figure")
     return 0

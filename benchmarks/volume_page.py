@@ -58,18 +58,19 @@ def plot(records: list[dict[str, Any]], model: Model, path: Path) -> None:
     from matplotlib import pyplot
 
     ranks = [2**i for i in range(1, 11)]
-    figure, panels = pyplot.subplots(1, 1 + len(LINKS), figsize=(16, 5.4), layout="constrained")
+    figure, panels = pyplot.subplots(1, 1 + len(LINKS), figsize=(16, 6), layout="constrained")
     colours = pyplot.get_cmap("tab20").colors  # type: ignore[attr-defined]
     for index, (name, method) in enumerate(METHODS.items()):
         if name == "Dense":
             continue  # Horovod's line
         colour = colours[index]
+        style = "--" if index % 2 else "-"  # some lie upon each other
         volumes = [method.volume(model, p) for p in ranks]
-        panels[0].plot(ranks, [v.sent / 1e6 for v in volumes], color=colour, lw=1.2, label=name)
+        panels[0].plot(ranks, [v.sent / 1e6 for v in volumes], color=colour, ls=style, lw=1.4, label=name)
         points = [(r["hosts"], r["counted"] / 1e6) for r in records if r["method"] == name]
         panels[0].plot(*zip(*points), "o", color=colour, ms=4)
         for axes, (_, alpha, rate) in zip(panels[1:], LINKS):
-            axes.plot(ranks, [1e3 * v.seconds(alpha, rate) for v in volumes], color=colour, lw=1.2, label=name)
+            axes.plot(ranks, [1e3 * v.seconds(alpha, rate) for v in volumes], color=colour, ls=style, lw=1.4)
     panels[0].set(title="MB sent per rank and step (points: counted)", ylabel="MB")
     for axes, (name, _, _) in zip(panels[1:], LINKS):
         axes.set(title=f"modelled time of the exchange, {name}", ylabel="ms")
@@ -78,7 +79,9 @@ def plot(records: list[dict[str, Any]], model: Model, path: Path) -> None:
         axes.set_yscale("log")
         axes.set_xlabel("ranks")
         axes.grid(alpha=0.25)
-    panels[1].legend(fontsize=7, ncols=2)
+    # Below the panels: inside it would cover one curve or another.
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=6, fontsize=9, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)

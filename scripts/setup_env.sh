@@ -7,6 +7,7 @@
 #   TORCH    what pip is asked for                 (torch==2.13.0, or torch==2.8.0 on Python 3.9)
 #   CACHE    where built Horovod wheels are kept   (${XDG_CACHE_HOME:-~/.cache}/hvd_compress)
 #   EXTRAS   extras of this package to install     (dev)
+#   HOROVOD_GPU_OPERATIONS   as Horovod's own build knows it: NCCL with a CUDA build of torch   (none)
 set -euo pipefail
 
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -68,7 +69,8 @@ command -v c++ >/dev/null || command -v g++ >/dev/null \
 mpi_id=$({ mpicxx -show 2>/dev/null || mpicxx --showme; mpirun --version 2>&1 | head -n 1; } | sed "s#$VENV#VENV#g" | cksum | cut -d' ' -f1)
 
 # --- Horovod --------------------------------------------------------------------------------------
-key=horovod-$HOROVOD-torch-$torchver-$pyver-mpi-$mpi_id-$(uname -m)
+gpu=${HOROVOD_GPU_OPERATIONS:-}
+key=horovod-$HOROVOD-torch-$torchver-$pyver-mpi-$mpi_id-$(uname -m)${gpu:+-$gpu}
 if ! "$VENV/bin/python" -c 'import horovod.torch as h; assert h.mpi_built() and h.gloo_built()' 2>/dev/null; then
   wheel=$(ls "$CACHE/$key"/horovod-*.whl 2>/dev/null | head -n 1 || true)
   if [ -z "$wheel" ]; then
