@@ -69,7 +69,7 @@ def check_adam_flushes_by_a_step() -> None:
             assert 0 < float(moved[-1].abs().max()) < 0.1, f"{compression}: {moved[-1]}"
             at = flat(model)
             optimizer.flush()  # nothing is owed
-            assert torch.equal(flat(model), at), compression
+            close(flat(model), at, 1e-14, f"flushed twice with {compression}")  # LIEC's mean of three may round
         close(moved[1], moved[0], 1e-6, f"the loss multiplied, {compression}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
 
@@ -38,9 +39,10 @@ def check_bytes_of_a_step() -> None:
         optimizer = wrap(model, sgd(model), compression)
         train(model, optimizer, 3, lambda t: 0.1)
         stats = optimizer.stats()
-        assert stats.bytes_sent == expected, f"{compression}: {stats.bytes_sent} bytes, not {expected}"
-        assert stats.total_bytes_sent >= 3 * expected
-        assert stats.dense_bytes == ring() * 8 * d
+        # At 3 ranks a rank's share is no whole number of bytes.
+        assert math.isclose(stats.bytes_sent, expected), f"{compression}: {stats.bytes_sent} bytes, not {expected}"
+        assert stats.total_bytes_sent >= 2.999 * expected
+        assert math.isclose(stats.dense_bytes, ring() * 8 * d)
         assert hvd.size() == 1 or stats.wait_seconds > 0, "somebody waited"
     model = network(torch.float64)
     optimizer = wrap(model, sgd(model), DistEF())
@@ -49,7 +51,7 @@ def check_bytes_of_a_step() -> None:
     up, down = exchange._sent.lengths, exchange._answers.lengths
     watch = 1 + len(list(model.parameters()))  # float32: who is here, who saw a parameter rewritten
     expected = sum(up) - up[me] + (hvd.size() - 1) * down[me] + ring() * 4 * watch
-    assert optimizer.stats().bytes_sent == expected, f"{optimizer.stats().bytes_sent} bytes, not {expected}"
+    assert math.isclose(optimizer.stats().bytes_sent, expected), f"{optimizer.stats().bytes_sent} bytes, not {expected}"
 
 
 def check_the_norm_of_what_is_held_back() -> None:
