@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import weakref
 from typing import Any, Iterator, Optional, cast
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from hvd_compress.algorithms.states import GradientState, State, UpdateState
 from hvd_compress.compressors.base import pieces
-from hvd_compress.rates import learning_rate, scale_free
+from hvd_compress.rates import group_of, learning_rate, scale_free
 from hvd_compress.reducer import Reducer
 
 POINTS = ("shared", "virtual")
@@ -20,9 +19,8 @@ POINTS = ("shared", "virtual")
 class Consensus:
     """What an optimizer's ``consensus()``, ``flush()`` and replica check do."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, reducer: Reducer) -> None:
+    def __init__(self, reducer: Reducer) -> None:
         self._reducer = reducer
-        self._optimizer = weakref.ref(optimizer)  # which has this: it must not take a collector to let it go
         self._inside: Optional[str] = None
         self.outside: dict[int, list[Tensor]] = {}  # parameters as they are trained, while a context is open, by bucket
 
@@ -60,7 +58,7 @@ class Consensus:
         self._enter_idle("consensus()")
         self._settle()
         if point == "virtual" and (owing := self._owing_gradients()):
-            name, kind = owing[0].bucket.layout.names[0], type(self._optimizer()).__name__
+            name, kind = owing[0].bucket.layout.names[0], type(reducer.optimizer).__name__
             raise RuntimeError(
                 f"consensus(point='virtual') (rank {reducer.link.rank}, parameter {name!r}): gradients are held back, "
                 f"and what {kind} makes of them is known only when it steps with them; use point='shared', or an "
@@ -84,23 +82,18 @@ class Consensus:
         """The flat vector to put into a bucket's parameters at ``point``; None if they are there already."""
         link, recorder = self._reducer.link, self._reducer.recorder
         target = state.shared_point(link)
-        optimizer = self._trained()
+        optimizer = self._reducer.optimizer
         if point == "virtual" and (owed := state.owed(learning_rate(optimizer, state.bucket))) is not None:
-            if isinstance(state, GradientState) and optimizer.param_groups[max(state.bucket.group, 0)].get("maximize"):
+            if isinstance(state, GradientState) and group_of(optimizer, state.bucket).get("maximize"):
                 owed.neg_()
             link.allreduce(owed, f"{state.bucket.name}.owed")
             target = (state.parameters_now() if target is None else target) - owed
         recorder.between_steps(link.sent)
         return target
 
-    def _trained(self) -> torch.optim.Optimizer:
-        optimizer = self._optimizer()
-        assert optimizer is not None
-        return optimizer
-
     def _owing_gradients(self) -> list[GradientState]:
         """States that hold back what only the wrapped optimizer can make an update of."""
-        optimizer = self._trained()
+        optimizer = self._reducer.optimizer
         if not scale_free(optimizer) or isinstance(optimizer, torch.optim.LBFGS):  # which steps with a closure only
             return []
         return [state for state in self._reducer.states if isinstance(state, GradientState) and state.delays]
@@ -124,7 +117,7 @@ class Consensus:
     @torch.no_grad()
     def _step_with_debts(self, states: list[GradientState]) -> None:
         """One step of the wrapped optimizer with the mean of what is held back as its gradients."""
-        link, optimizer = self._reducer.link, self._trained()
+        link, optimizer = self._reducer.link, self._reducer.optimizer
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         before = [p.grad for p in parameters]
         for p in parameters:
@@ -141,7 +134,7 @@ class Consensus:
                     gradients = state.bucket.mirror(state.bucket.dtype, debt.to(state.bucket.dtype)).views
                     for p, gradient in zip(state.bucket.parameters, gradients):
                         p.grad = gradient.to_sparse(1) if isinstance(optimizer, torch.optim.SparseAdam) else gradient
-            optimizer._bare_step(optimizer)  # type: ignore[attr-defined]
+            optimizer._bare_step(optimizer)
             for state in states:
                 state.forgive()
             for state in states:  # local models have momenta of their own

@@ -132,9 +132,9 @@ class _DistributedOptimizer(torch.optim.Optimizer):
         if link.member:
             algorithm.check(link)
         self._reducer = Reducer(self, names, algorithm, link, reduction, passes, groups, sparse_as_dense)
-        self._scaled_step = ScaledStep(self, self._reducer, fused)
-        self._consensus = Consensus(self, self._reducer)
-        self._keeper = residuals.Keeper(self, self._reducer, self._consensus.outside)
+        self._scaled_step = ScaledStep(self._reducer, fused)
+        self._consensus = Consensus(self._reducer)
+        self._keeper = residuals.Keeper(self._reducer, self._consensus.outside)
         base_step = self._hvd_base.step
         # torch wraps step() to run step hooks; ours must see the exchanged gradients and the final
         # parameters, so it goes around the exchange, once, and the base's own wrapper is taken off.
@@ -204,10 +204,7 @@ class _DistributedOptimizer(torch.optim.Optimizer):
         if self._scaled_step.skip():
             reducer.drop_pass_counts()
             return None
-        try:
-            return self._hooked_step(self, closure)
-        finally:
-            self._synchronized = False  # by a closure
+        return self._hooked_step(self, closure)
 
     step.hooked = True  # type: ignore[attr-defined]
 
@@ -230,6 +227,7 @@ class _DistributedOptimizer(torch.optim.Optimizer):
                 loss = closure()
             self._synchronized = False
             self.synchronize()
+            self._synchronized = False  # for the closure's gradients, not for those that may follow
             return self._consensus.mean_loss(loss)
 
         return synchronized_closure

@@ -18,7 +18,7 @@ from hvd_compress.collectives import Average, Link, is_elastic
 from hvd_compress.exchange import Context, Reduction
 from hvd_compress.hooks import eager, weakly
 from hvd_compress.partition import Partition
-from hvd_compress.rates import Rates, learning_rate
+from hvd_compress.rates import Rates, learning_rate, rate_of
 from hvd_compress.rewrites import Rewrites
 from hvd_compress.telemetry import Recorder
 
@@ -41,7 +41,7 @@ class Reducer:
         groups: Groups,
         sparse_as_dense: bool,
     ) -> None:
-        self._optimizer = weakref.ref(optimizer)
+        self._optimizer = weakref.ref(optimizer)  # which has this: it must not take a collector to let it go
         self.names, self.algorithm, self.link, self.reduction = names, algorithm, link, reduction
         self.recorder = Recorder()
         # Updates are averaged whatever the op: with Sum the gradients have been multiplied before.
@@ -61,7 +61,7 @@ class Reducer:
         self._stepping = False  # a closure's backward passes run inside the step
         self._built = False
         self._delay: dict[Parameter, int] = {}
-        self._rates = Rates(self._optimizer)
+        self._rates = Rates()
         self._rewrites = Rewrites(link, self.recorder)
         self._roll = presence.RollCall(link)
         self._calls_roll = algorithm.gathers and not algorithm.exchanges_updates
@@ -73,6 +73,13 @@ class Reducer:
         self.newcomers.clear()
 
     @property
+    def optimizer(self) -> Any:
+        """The optimizer whose gradients these are; what belongs to it holds this, not the optimizer itself."""
+        optimizer = self._optimizer()
+        assert optimizer is not None
+        return optimizer
+
+    @property
     def states(self) -> list[State]:
         """One per bucket."""
         return self._partition.states
@@ -80,9 +87,7 @@ class Reducer:
     # -- parameters ------------------------------------------------------------------------------------
 
     def _optimizer_parameters(self) -> Iterator[tuple[int, Parameter]]:
-        optimizer = self._optimizer()
-        assert optimizer is not None
-        for index, group in enumerate(optimizer.param_groups):
+        for index, group in enumerate(self.optimizer.param_groups):
             for parameter in group["params"]:
                 yield index, parameter
 
@@ -143,7 +148,7 @@ class Reducer:
         state = self.states[home]
         if not isinstance(state, GradientState):
             return
-        if (rate := self._rates.early(home, state, self._scaler_now())) is None:
+        if (rate := self._rates.early(home, self.optimizer, state, self._scaler_now())) is None:
             return
         self._ready[home] += 1
         gradient = cast(Tensor, p.grad)
@@ -184,8 +189,7 @@ class Reducer:
             self.on_build(new)
 
     def _state_of(self, parameter: Parameter) -> dict[str, Any]:
-        optimizer = cast(torch.optim.Optimizer, self._optimizer())
-        return cast("dict[str, Any]", optimizer.state.get(parameter, {}))
+        return cast("dict[str, Any]", self.optimizer.state.get(parameter, {}))
 
     def settle(self) -> None:
         """Make buckets, and what they hold, agree with what was loaded or broadcast since the last step."""
@@ -216,7 +220,7 @@ class Reducer:
         gradients = [
             p.grad.to_dense() if p.grad is not None and p.grad.is_sparse else p.grad for p in state.bucket.parameters
         ]
-        state.start(self.step, gradients, self._rates.of(state, self._scaler_now()))
+        state.start(self.step, gradients, rate_of(self.optimizer, state, self._scaler_now()))
         self._started.append(index)
 
     @eager
@@ -233,7 +237,7 @@ class Reducer:
             amp.poison(self.tracked)
             self._reset()
             return True
-        self._rates.check(self.states)
+        self._rates.check(self.optimizer, self.states)
         try:
             for index in range(len(self.states)):
                 if index not in self._started:
@@ -281,8 +285,6 @@ class Reducer:
 
     def exchange_updates(self) -> None:
         """The wrapped optimizer has stepped: exchange what it subtracted, if it is time to."""
-        optimizer = self._optimizer()
-        assert optimizer is not None
         self._reset()
         self.local_steps_done += 1
         states = self._updates()
@@ -294,7 +296,7 @@ class Reducer:
             return
         self.local_steps_done = 0
         for state in states:
-            state.start(self.step, learning_rate(optimizer, state.bucket))
+            state.start(self.step, learning_rate(self.optimizer, state.bucket))
         for state in states:
             state.advance()
         for state in states:

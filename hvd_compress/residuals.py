@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import uuid
 import warnings
-import weakref
 from typing import Any, Mapping, Optional, Sequence
 
 import torch
@@ -187,21 +186,12 @@ class Keeper:
     new ranks; and for optimizers without any state one entry, as the broadcast does nothing otherwise.
     """
 
-    def __init__(
-        self, optimizer: torch.optim.Optimizer, reducer: Reducer, outside: Mapping[int, list[Tensor]]
-    ) -> None:
+    def __init__(self, reducer: Reducer, outside: Mapping[int, list[Tensor]]) -> None:
         self._reducer, self._outside = reducer, outside
-        self._reference = weakref.ref(optimizer)  # which has this: it must not take a collector to let it go
         self._owner = uuid.uuid4().hex
         self._unclaimed: Optional[Mapping[str, Any]] = None
         reducer.on_build = self._claim
         reducer.on_settle = self.absorb
-
-    @property
-    def _optimizer(self) -> torch.optim.Optimizer:
-        optimizer = self._reference()
-        assert optimizer is not None
-        return optimizer
 
     def extend(self, state: dict[str, Any]) -> dict[str, Any]:
         """Add to torch's ``state`` what is ours."""
@@ -218,7 +208,7 @@ class Keeper:
                 **collect(reducer.states, self._outside),
             }
         # What a broadcast has brought is already true, although it is taken over only at the next step.
-        if (brought := self._optimizer.param_groups[0].get(KEY)) is not None:
+        if (brought := self._reducer.optimizer.param_groups[0].get(KEY)) is not None:
             mine.update(brought, own_momentum=[])
         state[KEY] = mine
         shared = {k: mine[k] for k in ("step", "local_steps_done", "scalars")}
@@ -230,13 +220,13 @@ class Keeper:
         return state
 
     def _stateless(self) -> bool:
-        optimizer = self._optimizer
+        optimizer = self._reducer.optimizer
         return isinstance(optimizer, torch.optim.SGD) and all(g["momentum"] == 0 for g in optimizer.param_groups)
 
     def _own_momentum(self) -> list[str]:
         """Names of the parameters whose momentum is this rank's own; of one rank, or without momentum, none."""
         alone = self._reducer.link.size == 1 or self._stateless()
-        return [] if alone else _with_own_momentum(self._reducer, self._optimizer)
+        return [] if alone else _with_own_momentum(self._reducer, self._reducer.optimizer)
 
     def strip(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """``state`` as the wrapped optimizer knows it."""
@@ -302,9 +292,10 @@ class Keeper:
 
     def absorb(self) -> None:
         """Take over what a broadcast of the optimizer state has left in the parameter groups."""
-        shared = self._optimizer.param_groups[0].pop(KEY, None) if self._optimizer.param_groups else None
+        groups = self._reducer.optimizer.param_groups
+        shared = groups[0].pop(KEY, None) if groups else None
         if self._stateless():
-            for entry in list(self._optimizer.state.values()):
+            for entry in list(self._reducer.optimizer.state.values()):
                 entry.pop(KEY, None)
         if shared is None:
             return

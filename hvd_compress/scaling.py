@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
-from typing import Any
-
 import torch
 
 from hvd_compress import amp
@@ -15,22 +12,17 @@ class ScaledStep:
     """What an optimizer's ``step()`` does first when a ``GradScaler`` calls it.
 
     Args:
-        optimizer: the distributed optimizer; the scaler gives it ``found_inf`` and ``grad_scale`` for the call.
-        reducer: its reducer.
+        reducer: of the distributed optimizer, to which the scaler gives ``found_inf`` and ``grad_scale`` for the call.
         fused: whether the wrapped optimizer can skip and unscale by itself.
     """
 
-    def __init__(self, optimizer: Any, reducer: Reducer, fused: bool) -> None:
-        self._reference, self._reducer, self._fused = weakref.ref(optimizer), reducer, fused
+    def __init__(self, reducer: Reducer, fused: bool) -> None:
+        self._reducer, self._fused = reducer, fused
         self.overflowed = False  # the exchange of this step was called off, on all ranks
-
-    @property
-    def _optimizer(self) -> Any:
-        return self._reference()
 
     def skip(self) -> bool:
         """Whether the step is to be left out, on all ranks if any has an infinite gradient; if not, unscale."""
-        optimizer, reducer = self._optimizer, self._reducer
+        optimizer, reducer = self._reducer.optimizer, self._reducer
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is None:
             return False
@@ -48,7 +40,7 @@ class ScaledStep:
         return False
 
     def _unscale(self) -> None:
-        optimizer = self._optimizer
+        optimizer = self._reducer.optimizer
         if optimizer.grad_scale is not None:
             gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
             torch._foreach_mul_(gradients, 1.0 / float(optimizer.grad_scale))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hvd_compress import validation
 from hvd_compress.algorithms.base import Algorithm, require_combining
-from hvd_compress.algorithms.states import GradientState, Rate, rate_of_debt
+from hvd_compress.algorithms.states import GradientState, Rate
 from hvd_compress.buckets import BUCKET_BYTES, PAYLOAD_BYTES, Bucket, Mirror
 from hvd_compress.compressors import Combine, Compressor, Identity
 from hvd_compress.exchange import Context, exchange_for
@@ -73,7 +73,7 @@ class _EFState(GradientState):
         self._residual = bucket.mirror(bucket.state_dtype)
         self._targets: list[Optional[Tensor]] = [None] * len(bucket.parameters)
         self._absorbed = False
-        self._unit, self._lr, self._loss_scale = 1.0, 0.0, 1.0
+        self._unit, self._loss_scale = 1.0, 1.0
 
     def buffers(self) -> dict[str, Mirror]:
         return {"residual": self._residual, **self._exchange.memory()}
@@ -93,16 +93,13 @@ class _EFState(GradientState):
         return self._residual.flat / self._unit
 
     def _follow(self, rate: Rate) -> None:
-        if self._config.rescale_residual and not rate.scale_free and self._lr > 0 and rate.lr > 0:
-            self._unit *= rate.lr / self._lr
+        if (before := self.turn(rate, self._config.rescale_residual)) != rate.lr:
+            self._unit *= rate.lr / before
             if not 0.5 <= self._unit <= 2.0:
                 # Payloads in float16 want numbers of the gradients' size; powers of two round nothing.
                 fold = 2.0 ** -round(math.log2(self._unit))
                 self._residual.flat.mul_(fold)
                 self._unit *= fold
-        if rate.lr > 0:  # what is held back at a rate of 0 is owed at the one before
-            self._lr = rate.lr
-        self.owed_at = rate_of_debt(rate, self._config.rescale_residual, self.owed_at)
         self._loss_scale = rate.loss_scale
 
     def absorb(self, index: int, gradient: Tensor, rate: Rate) -> Optional[Tensor]:

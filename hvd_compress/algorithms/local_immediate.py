@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hvd_compress import validation
 from hvd_compress.algorithms.base import Algorithm, limit_for, require_combining, require_constant
-from hvd_compress.algorithms.states import GradientState, Rate, rate_of_debt
+from hvd_compress.algorithms.states import GradientState, Rate
 from hvd_compress.buckets import BUCKET_BYTES, PAYLOAD_BYTES, Bucket, Mirror
 from hvd_compress.collectives import Link
 from hvd_compress.compressors import BlockSign, Combine, Compressor, Identity
@@ -90,7 +90,7 @@ class _LIECState(GradientState):
         self._carried: Optional[Mirror] = None  # a former owner's error, after shards have been cut anew
         self._mean: Optional[_Mean] = None
         self._averaging = False
-        self._lr, self._loss_scale = 0.0, 1.0
+        self._loss_scale = 1.0
 
     def buffers(self) -> dict[str, Mirror]:
         self.bucket.reclaim(self._local)
@@ -138,16 +138,11 @@ class _LIECState(GradientState):
         """Keep what the server owes in update units: eta_{t-1} / eta_t times as much gradient."""
         if (owed := self._exchange.resettle()) is not None:
             self._carry().flat.add_(owed)
-        if self._config.rescale_residual and not rate.scale_free and self._lr > 0 and rate.lr > 0:
-            ratio = self._lr / rate.lr
-            if ratio != 1.0:
-                self._exchange.error.mul_(ratio)
-                if self._carried is not None:
-                    self._carried.flat.mul_(ratio)
-        if rate.lr > 0:  # what is held back at a rate of 0 is owed at the one before
-            self._lr = rate.lr
+        if (before := self.turn(rate, self._config.rescale_residual)) != rate.lr:
+            self._exchange.error.mul_(before / rate.lr)
+            if self._carried is not None:
+                self._carried.flat.mul_(before / rate.lr)
         self._loss_scale = rate.loss_scale
-        self.owed_at = rate_of_debt(rate, self._config.rescale_residual, self.owed_at)
 
     def start(self, step: int, gradients: Sequence[Optional[Tensor]], rate: Rate) -> None:
         begin = time.perf_counter()

@@ -31,22 +31,6 @@ class Rate(NamedTuple):
     loss_scale: float = 1.0
 
 
-def rate_of_debt(rate: Rate, rescale: bool, before: Optional[float]) -> Optional[float]:
-    """The learning rate at which a debt in gradient units counts until the next step, whatever is set meanwhile.
-
-    Args:
-        rate: of the step that has been taken.
-        rescale: whether a change of rate leaves the debt as it is.
-        before: what this gave at the step before.
-
-    Returns:
-        None: the debt counts at whatever rate comes.
-    """
-    if not rescale or rate.scale_free:
-        return None
-    return rate.lr if rate.lr > 0 else before
-
-
 class BucketState(abc.ABC):
     """The living part of an algorithm for one bucket.
 
@@ -128,6 +112,7 @@ class GradientState(BucketState):
 
     delays: bool = True
     owed_at: Optional[float] = None
+    _lr: float = 0.0  # of the last step with a rate above 0: what is held back at a rate of 0 is owed at the one before
 
     def absorb(self, index: int, gradient: Tensor, rate: Rate) -> Optional[Tensor]:
         """Take in the final gradient of the bucket's parameter ``index`` while it is still in the cache.
@@ -153,6 +138,23 @@ class GradientState(BucketState):
     @abc.abstractmethod
     def finish(self) -> list[Tensor]:
         """Wait; returns what ``p.grad`` shall be, for each parameter of the bucket."""
+
+    def turn(self, rate: Rate, rescale: bool) -> float:
+        """Go on to the rate of this step; returns the one at which what is held back has counted.
+
+        Args:
+            rescale: whether a change of rate leaves the debt as it is. If it does not, or a rate does not count, the
+                rate of this step is returned: there is nothing to make up for.
+        """
+        counts = rescale and not rate.scale_free and self._lr > 0 and rate.lr > 0
+        before = self._lr if counts else rate.lr
+        if rate.lr > 0:
+            self._lr = rate.lr
+        if not rescale or rate.scale_free:
+            self.owed_at = None
+        elif rate.lr > 0:
+            self.owed_at = rate.lr
+        return before
 
     def debt(self) -> Optional[Tensor]:
         """Flat vector whose mean over ranks is what the aggregates still lack, in ``p.grad``'s units (new), or None."""

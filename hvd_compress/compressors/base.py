@@ -10,7 +10,7 @@ from __future__ import annotations
 import abc
 import enum
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple, Sequence, Union
+from typing import Any, ClassVar, Iterator, NamedTuple, Sequence, Union
 
 import torch
 from torch import Tensor
@@ -187,21 +187,24 @@ class ShardedCodec:
 
     def encode(self, flat: Tensor, wires: Sequence[Tensor]) -> None:
         """Write the message of each shard of ``flat`` into ``wires[j]`` (``codecs[j].numel`` elements)."""
-        for index, (codec, wire) in enumerate(zip(self.codecs, wires)):
-            if wire.numel():  # more ranks than elements leave shards empty
-                codec.encode(self.shard(flat, index), wire)
+        for codec, wire, shard in self._messages(wires, flat):
+            codec.encode(shard, wire)
 
     def keep_back(self, wires: Sequence[Tensor], flat: Tensor) -> None:
         """``flat -= decode(wires)`` for the messages of the last ``encode``."""
-        for index, (codec, wire) in enumerate(zip(self.codecs, wires)):
-            if wire.numel():
-                codec.keep_back(wire, self.shard(flat, index))
+        for codec, wire, shard in self._messages(wires, flat):
+            codec.keep_back(wire, shard)
 
     def accumulate(self, wires: Sequence[Tensor], flat: Tensor, alpha: float) -> None:
         """``flat += alpha * decode(wires)``, one message for each shard."""
+        for codec, wire, shard in self._messages(wires, flat):
+            codec.accumulate(wire, shard, alpha)
+
+    def _messages(self, wires: Sequence[Tensor], flat: Tensor) -> Iterator[tuple[Codec, Tensor, Tensor]]:
+        """Codec, message and part of ``flat`` of each shard; more ranks than elements leave shards empty."""
         for index, (codec, wire) in enumerate(zip(self.codecs, wires)):
             if wire.numel():
-                codec.accumulate(wire, self.shard(flat, index), alpha)
+                yield codec, wire, self.shard(flat, index)
 
 
 class Combine(enum.Enum):
