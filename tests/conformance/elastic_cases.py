@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import sys
 import unittest
-import unittest.mock
 from pathlib import Path
 from typing import Any
 
-# Their helpers import the package that became unittest.mock.
-sys.modules.setdefault("mock", unittest.mock)
+from tests.conformance.substitute import provide_mock
+
+provide_mock()
 sys.path.insert(0, f"{os.environ['HOROVOD_TESTS']}/integration")
 
 from elastic_common import BaseElasticTests  # noqa: E402

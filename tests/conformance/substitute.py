@@ -52,9 +52,13 @@ ALGORITHMS: dict[str, Any] = {
 BY_MPI = ("sketch-tree", "global-topk")
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    # Their helpers import the package that became unittest.mock.
+def provide_mock() -> None:
+    """Their helpers import the package that became unittest.mock."""
     sys.modules.setdefault("mock", unittest.mock)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    provide_mock()
     # It takes matrices only and is younger than the tests, which go through every optimizer of torch.
     if hasattr(torch.optim, "Muon"):
         torch.optim.Muon.__module__ = "taken.out"

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Optional
@@ -14,6 +12,7 @@ import pytest
 
 from tests.conformance.substitute import ALGORITHMS, BY_MPI
 from tests.conformance.test_horovod import CHECKOUT, HOW, ROOT
+from tests.multirank.harness import supervise
 
 pytestmark = pytest.mark.full
 
@@ -34,17 +33,9 @@ def failure(algorithm: Optional[str], test: str) -> Optional[str]:
         **({} if algorithm is None else {"HVD_COMPRESS_ALGORITHM": algorithm}),
     }
     cases = Path(__file__).with_name("elastic_cases.py")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{cases}::ElasticTests::{test}"], cwd=ROOT,
-        env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=TIMEOUT)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
-        return f"{output}\n--- killed after {TIMEOUT:.0f} s ---"
-    return None if process.returncode == 0 else output
+    line = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{cases}::ElasticTests::{test}"]
+    returncode, output = supervise(line, env, TIMEOUT, ROOT)
+    return None if returncode == 0 else output
 
 
 @pytest.mark.skipif(CHECKOUT is None, reason=HOW)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.multirank.harness import HERE
+from tests.multirank.harness import HERE, supervise
 
 CASES = [
     ("def", "momentum", 1, 2),
@@ -42,15 +40,7 @@ def test_the_number_of_ranks_changes(name: str, momentum: str, before: int, afte
         **os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1",
         "PATH": f"{binaries}:{os.environ['PATH']}",
     }
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=settings, start_new_session=True
-    )
-    try:
-        output, _ = process.communicate(timeout=300)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
-        pytest.fail(f"killed after 300 s\n{output}")
-    assert process.returncode == 0, output
+    returncode, output = supervise(command, settings, timeout=300)
+    assert returncode == 0, output
     assert output.count(f"finished on {after} ranks") == after, output
     assert "residual kept" in output, output

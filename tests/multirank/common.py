@@ -50,10 +50,55 @@ def train(
     for t in range(first, first + steps):
         for group in optimizer.param_groups:
             group["lr"] = schedule(t)
-        optimizer.zero_grad()
-        loss_of(model, hvd.rank(), t).backward()
-        optimizer.step()
+        take_step(model, optimizer, t)
         after_step(t)
+
+
+def take_step(model: nn.Module, optimizer: Any, t: int) -> None:
+    """One step on this rank's data, at the rates that are set."""
+    optimizer.zero_grad()
+    loss_of(model, hvd.rank(), t).backward()
+    optimizer.step()
+
+
+def mean_gradients(model: nn.Module, steps: tuple[int, ...] = (0,)) -> list[Tensor]:
+    """Mean over ranks of the summed gradients of some batches, by a twin: p.grad belongs to the exchange."""
+    twin = network(next(model.parameters()).dtype)
+    twin.load_state_dict(model.state_dict())
+    for t in steps:
+        loss_of(twin, hvd.rank(), t).backward()
+    return [hvd.allreduce(p.grad, name=f"test.plain.{n}") for n, p in twin.named_parameters()]
+
+
+def mean_gradient(model: nn.Module, *steps: int) -> Tensor:
+    """``mean_gradients`` as one vector."""
+    return torch.cat([gradient.reshape(-1) for gradient in mean_gradients(model, steps)])
+
+
+def shared(model: nn.Module, optimizer: Any) -> Tensor:
+    """The shared model x (collective)."""
+    with optimizer.consensus():
+        return flat(model)
+
+
+def virtual(model: nn.Module, optimizer: Any) -> Tensor:
+    """The virtual iterate y (collective)."""
+    with optimizer.consensus("virtual"):
+        return flat(model)
+
+
+class Embedded(nn.Module):
+    """An embedding with sparse gradients and a dense layer, the same on all ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(20, 4, sparse=True)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, index: Tensor) -> Tensor:
+        out: Tensor = self.head(self.table(index))
+        return out
 
 
 def flat(model: nn.Module) -> Tensor:

@@ -55,6 +55,22 @@ def command(launcher: str, ranks: int, directory: str, argv: list[str]) -> list[
     raise ValueError(f"launcher={launcher!r} must be 'gloo' or 'mpi'")
 
 
+def supervise(
+    line: list[str], env: dict[str, str], timeout: float, cwd: Optional[Path] = None
+) -> tuple[Optional[int], str]:
+    """Exit code and output of a command; after ``timeout`` seconds all of it is killed and the code is None."""
+    process = subprocess.Popen(
+        line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, cwd=cwd, start_new_session=True
+    )
+    try:
+        output, _ = process.communicate(timeout=timeout)
+        return process.returncode, output
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        return None, f"{output}\n--- killed after {timeout:.0f} s ---\n"
+
+
 def launch(
     argv: list[str], ranks: int, launcher: str = "gloo", timeout: float = TIMEOUT, env: Optional[dict[str, str]] = None
 ) -> Outcome:
@@ -65,18 +81,7 @@ def launch(
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONUNBUFFERED": "1",
             "HOROVOD_DYNAMIC_PROCESS_SETS": "1", **(env or {}),
         }
-        process = subprocess.Popen(
-            command(launcher, ranks, directory, argv), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True, env=settings, start_new_session=True,
-        )
-        try:
-            output, _ = process.communicate(timeout=timeout)
-            returncode: Optional[int] = process.returncode
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            output, _ = process.communicate()
-            returncode = None
-            output += f"\n--- killed after {timeout:.0f} s ---\n"
+        returncode, output = supervise(command(launcher, ranks, directory, argv), settings, timeout)
         for path in sorted(Path(directory).glob("rank.*/std*")):
             output += f"\n--- {path.parent.name} {path.name} ---\n{path.read_text(errors='replace')}"
         notes = []

@@ -16,23 +16,18 @@ from torch import Tensor
 from hvd_compress import native
 from hvd_compress.compressors import BlockSign, Codec, Combine, Layout
 from hvd_compress.native import signs
+from tests.unit.signing import loops
+
+__all__ = ["loops"]  # the fixture
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 WIDE = [torch.float32, torch.float64]
-LOADED = signs._signs  # before any test patches it
 # The fixture sets the same thing for every example.
 examples = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 sizes = st.one_of(st.none(), st.integers(1, 40))
 numbers = st.lists(st.one_of(st.integers(0, 3), st.integers(0, 90)), max_size=8)
-
-
-@pytest.fixture(autouse=True, params=["torch", "native"] if LOADED else ["torch"])
-def loops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Everything with torch's operations, and with the compiled loops where they are built."""
-    monkeypatch.setattr(signs, "_signs", LOADED if request.param == "native" else None)
-    return str(request.param)
 
 
 def vector(n: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:

@@ -9,7 +9,18 @@ from typing import Any
 import harness
 import horovod.torch as hvd
 import torch
-from common import close, flat, network, resumes_exactly, same_everywhere, through_a_file, train, wrap
+from common import (
+    close,
+    flat,
+    network,
+    resumes_exactly,
+    same_everywhere,
+    shared,
+    through_a_file,
+    train,
+    virtual,
+    wrap,
+)
 from everything import BLOCK, FULL
 
 from hvd_compress import (
@@ -48,16 +59,6 @@ def make(compression: Any, seed: int = 0, dtype: torch.dtype = torch.float64, **
     model = network(dtype, seed)
     sgd = torch.optim.SGD(model.parameters(), **{"lr": 0.05, "momentum": 0.9, **kwargs})
     return model, wrap(model, sgd, compression)
-
-
-def virtual(model: Any, optimizer: Any) -> torch.Tensor:
-    with optimizer.consensus("virtual"):
-        return flat(model)
-
-
-def shared(model: Any, optimizer: Any) -> torch.Tensor:
-    with optimizer.consensus():
-        return flat(model)
 
 
 def goes_on(compression: Any, steps: int, what: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import harness
 import horovod.torch as hvd
 import torch
-from common import close, flat, loss_of, network, raises, same_everywhere, sgd, train, wrap
+from common import close, flat, loss_of, mean_gradients, network, raises, same_everywhere, sgd, train, wrap
 from everything import BLOCKS, EXACT, LOSSY
 from torch import nn
 
@@ -18,15 +18,6 @@ from hvd_compress import DEF, EF, Dense, DistributedOptimizer, Identity, Policy
 RANKS = (3,)
 FULL_RANKS = (1, 2, 4)
 MPI_RANKS = (2,)
-
-
-def mean_gradients(model: nn.Module, steps: tuple[int, ...] = (0,)) -> list[torch.Tensor]:
-    """Mean over ranks of the summed gradients of some batches, computed plainly."""
-    twin = network()
-    twin.load_state_dict(model.state_dict())
-    for t in steps:
-        loss_of(twin, hvd.rank(), t).backward()
-    return [hvd.allreduce(p.grad, name=f"test.plain.{n}") for n, p in twin.named_parameters()]
 
 
 def check_class_and_attributes() -> None:

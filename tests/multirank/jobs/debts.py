@@ -8,7 +8,22 @@ from typing import Any
 import harness
 import horovod.torch as hvd
 import torch
-from common import close, flat, loss_of, network, raises, same_everywhere, saved, sgd, train, wrap
+from common import (
+    close,
+    flat,
+    loss_of,
+    mean_gradient,
+    network,
+    raises,
+    same_everywhere,
+    saved,
+    sgd,
+    shared,
+    take_step,
+    train,
+    virtual,
+    wrap,
+)
 from everything import BLOCK, LOSSY
 from horovod.common.exceptions import HorovodInternalError
 from torch import nn
@@ -18,11 +33,6 @@ from hvd_compress import DEF, EF, LIEC, BlockSign, Cast, Dense, LowRank, Policy,
 RANKS = (2,)
 FULL_RANKS = (1, 3)
 HOLDS_GRADIENTS: tuple[Any, ...] = (EF(BLOCK), EF(TopK(0.25)), EF(BlockSign()), EF(LowRank(1)), LIEC(BLOCK, 100))
-
-
-def virtual(model: nn.Module, optimizer: Any) -> torch.Tensor:
-    with optimizer.consensus("virtual"):
-        return flat(model)
 
 
 def check_maximizing_is_minimizing_the_negative() -> None:
@@ -39,9 +49,7 @@ def check_maximizing_is_minimizing_the_negative() -> None:
                     optimizer.step()
                 if flushed:
                     optimizer.flush()
-                    found.append(flat(model))
-                else:
-                    found.append(virtual(model, optimizer))
+                found.append(flat(model) if flushed else virtual(model, optimizer))
             close(found[1], found[0], 1e-12, f"maximize with {compression}, flushed={flushed}")
 
 
@@ -58,8 +66,7 @@ def check_adam_flushes_by_a_step() -> None:
                 optimizer.step()
             raises(RuntimeError, "point='virtual'", "Adam", f"rank {hvd.rank()}", call=lambda o=optimizer: o.consensus(
                 "virtual").__enter__())
-            with optimizer.consensus():
-                before = flat(model)
+            before = shared(model, optimizer)
             gradients = [p.grad for p in model.parameters()]
             optimizer.flush()
             assert all(p.grad is g for p, g in zip(model.parameters(), gradients))
@@ -79,17 +86,13 @@ def check_a_rate_of_zero_changes_no_debt() -> None:
         model = network(torch.float64)
         optimizer = wrap(model, sgd(model), compression)
         train(model, optimizer, 6, lambda t: 0.1)
-        with optimizer.consensus():
-            x = flat(model)
-        before = x - virtual(model, optimizer)
+        before = shared(model, optimizer) - virtual(model, optimizer)
         for lr in (0.0, 1e-4):
             optimizer.param_groups[0]["lr"] = lr
             optimizer.zero_grad()
             (0.0 * loss_of(model, hvd.rank(), 0)).backward()
             optimizer.step()
-        with optimizer.consensus():
-            x = flat(model)
-        after = x - virtual(model, optimizer)
+        after = shared(model, optimizer) - virtual(model, optimizer)
         kept = after != 0
         assert bool(kept.any()) or hvd.size() == 1, compression
         close(after[kept], before[kept], 1e-12, f"debts after a rate of 0 with {compression}")
@@ -98,30 +101,17 @@ def check_a_rate_of_zero_changes_no_debt() -> None:
 def check_a_rate_set_between_backward_and_step() -> None:
     """One step goes by the old rate; then it is known that rates come late."""
     for compression in (EF(BLOCK), EF(TopK(0.25)), LIEC(BLOCK, 100)):
-        model, twin = network(torch.float64), network(torch.float64)
+        model = network(torch.float64)
         optimizer = wrap(model, sgd(model), compression)
         for t in range(12):
-            before = virtual(model, optimizer)
-            twin.load_state_dict(model.state_dict())  # p.grad belongs to the exchange from backward() on
+            before, mean = virtual(model, optimizer), mean_gradient(model, t)
             optimizer.zero_grad()
-            twin.zero_grad()
             loss_of(model, hvd.rank(), t).backward()
-            loss_of(twin, hvd.rank(), t).backward()
             lr = 0.1 / (1 + t)
             optimizer.param_groups[0]["lr"] = lr
             optimizer.step()
-            grads = torch.cat([p.grad.reshape(-1) for p in twin.parameters() if p.grad is not None])
-            mean = hvd.allreduce(grads, name="test.mean")
             if t > 1:
                 close(before - virtual(model, optimizer), lr * mean, 1e-10, f"step {t} with {compression}")
-
-
-def mean_gradient(model: nn.Module, t: int) -> torch.Tensor:
-    """Of a twin: p.grad belongs to the exchange from backward() on."""
-    twin = network(torch.float64)
-    twin.load_state_dict(model.state_dict())
-    gradients = torch.autograd.grad(loss_of(twin, hvd.rank(), t), list(twin.parameters()))
-    return hvd.allreduce(torch.cat([g.reshape(-1) for g in gradients]), name="test.mean")
 
 
 def check_groups_with_rates_of_their_own() -> None:
@@ -138,9 +128,7 @@ def check_groups_with_rates_of_their_own() -> None:
                 group["lr"] = lr
             each = torch.cat([torch.full((n,), lr, dtype=torch.float64) for n, lr in zip(sizes, rates)])
             mean = mean_gradient(model, t)
-            optimizer.zero_grad()
-            loss_of(model, hvd.rank(), t).backward()
-            optimizer.step()
+            take_step(model, optimizer, t)
             after = virtual(model, optimizer)
             close(y - after, each * mean, 1e-10, f"step {t} with {compression}")
             y = after
@@ -154,9 +142,7 @@ def check_adam_takes_no_ratio() -> None:
     for t in range(8):
         optimizer.param_groups[0]["lr"] = 0.02 if t < 4 else 0.002
         total += mean_gradient(model, t)
-        optimizer.zero_grad()
-        loss_of(model, hvd.rank(), t).backward()
-        optimizer.step()
+        take_step(model, optimizer, t)
         seen += torch.cat([p.grad.reshape(-1) for p in model.parameters() if p.grad is not None])
     unit = next(iter(optimizer.state_dict()["hvd_compress"]["scalars"].values()))["unit"]
     held_back = hvd.allreduce(saved(optimizer, "residual") / unit, name="test.held")
@@ -172,14 +158,11 @@ def check_nothing_is_lost_by_a_failed_exchange() -> None:
             owed = torch.zeros_like(flat(model))
             start = flat(model)
             for t in range(6):
+                batches = range(passes * t, passes * (t + 1))
+                owed += mean_gradient(model, *batches)
                 optimizer.zero_grad()
-                twin = network(torch.float64)
-                twin.load_state_dict(model.state_dict())
-                for index in range(passes):
-                    loss_of(model, hvd.rank(), passes * t + index).backward()
-                    loss_of(twin, hvd.rank(), passes * t + index).backward()
-                grads = torch.cat([p.grad.reshape(-1) for p in twin.parameters() if p.grad is not None])
-                owed += hvd.allreduce(grads, name="test.mean")
+                for batch in batches:
+                    loss_of(model, hvd.rank(), batch).backward()
                 if t != 3:
                     optimizer.step()
                     continue

@@ -6,7 +6,20 @@ import harness
 import horovod.torch as hvd
 import reference
 import torch
-from common import close, flat, joined, loss_of, network, same_everywhere, saved, train, wrap
+from common import (
+    close,
+    flat,
+    joined,
+    loss_of,
+    mean_gradient,
+    network,
+    same_everywhere,
+    saved,
+    take_step,
+    train,
+    virtual,
+    wrap,
+)
 from torch import nn
 
 from hvd_compress import (
@@ -68,22 +81,13 @@ def check_mass_identity() -> None:
     after = flat(model)
     for t in range(STEPS):
         optimizer.param_groups[0]["lr"] = rate(t)
-        with optimizer.consensus("virtual"):
-            # The residual is owed in update units: a change of the rate alone does not move y.
-            before = flat(model)
+        # The residual is owed in update units: a change of the rate alone does not move y.
+        before = virtual(model, optimizer)
         if t > 0:
             close(before, after, 1e-14, f"y after the rate has been set for step {t}")
-        optimizer.zero_grad()
-        # As in Horovod, p.grad belongs to the exchange from backward() on: take the gradient from a twin.
-        twin = network(torch.float64)
-        twin.load_state_dict(model.state_dict())
-        loss_of(twin, hvd.rank(), t).backward()
-        gradient = torch.cat([p.grad.reshape(-1) for p in twin.parameters()])
-        loss_of(model, hvd.rank(), t).backward()
-        mean = hvd.allreduce(gradient, name="test.mean")
-        optimizer.step()
-        with optimizer.consensus("virtual"):
-            after = flat(model)
+        mean = mean_gradient(model, t)
+        take_step(model, optimizer, t)
+        after = virtual(model, optimizer)
         close(after, before - rate(t) * mean, 1e-13, f"y at step {t}")
 
 

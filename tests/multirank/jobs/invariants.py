@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import random
-from typing import Any
 
 import harness
 import horovod.torch as hvd
 import numpy as np
 import torch
-from common import close, flat, loss_of, network, sgd, train, wrap
+from common import close, flat, loss_of, network, sgd, shared, train, wrap
 from comparing import keep_mass
 from everything import EXACT, LOSSY
 
@@ -21,11 +20,6 @@ STEPS = 10
 
 def rate(t: int) -> float:
     return 0.05 if t < STEPS // 2 else 0.005
-
-
-def point(model: Any, optimizer: Any, which: str) -> torch.Tensor:
-    with optimizer.consensus(which):
-        return flat(model)
 
 
 def check_nothing_is_lost_and_replicas_agree() -> None:
@@ -44,7 +38,7 @@ def check_same_seed_same_bits() -> None:
             states = torch.get_rng_state(), random.getstate(), np.random.get_state(legacy=False)["state"]["key"]
             optimizer = wrap(model, sgd(model, momentum=0.9), compression)
             train(model, optimizer, STEPS, rate)
-            results.append(torch.cat((flat(model), point(model, optimizer, "shared"))))
+            results.append(torch.cat((flat(model), shared(model, optimizer))))
             assert torch.equal(states[0], torch.get_rng_state()), f"torch's generator after {compression}"
             assert states[1] == random.getstate(), f"Python's generator after {compression}"
             key = np.random.get_state(legacy=False)["state"]["key"]
@@ -66,7 +60,7 @@ def check_data_parallel_where_everything_is_sent() -> None:
         twin = network(torch.float64)
         optimizer = wrap(twin, sgd(twin, momentum=0.9, weight_decay=1e-2, nesterov=True), compression)
         train(twin, optimizer, STEPS, rate)
-        close(point(twin, optimizer, "shared"), flat(model), 1e-12, f"x with {compression}")
+        close(shared(twin, optimizer), flat(model), 1e-12, f"x with {compression}")
         if hvd.size() == 1:
             close(flat(twin), flat(model), 1e-12, f"parameters of one rank with {compression}")
 

@@ -7,7 +7,7 @@ from typing import Any
 import harness
 import horovod.torch as hvd
 import torch
-from common import close, flat, loss_of, network, same_everywhere, train, wrap
+from common import Embedded, close, flat, loss_of, network, same_everywhere, train, wrap
 from everything import EXACT, LOSSY
 from torch import nn
 
@@ -111,20 +111,6 @@ def check_groups_with_learning_rates_of_their_own() -> None:
                 p.grad = hvd.allreduce(p.grad, name=f"test.{name}")
             plain.step()
         close(flat(model), flat(twin), 1e-12, f"parameters with {compression}")
-
-
-class Embedded(nn.Module):
-    """An embedding with sparse gradients and a dense layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.table = nn.Embedding(20, 4, sparse=True)
-        self.head = nn.Linear(4, 2)
-
-    def forward(self, index: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.head(self.table(index))
-        return out
 
 
 def run_embedded(compression: Any, skip_on: int = -1, **kwargs: Any) -> tuple[torch.Tensor, Any, float]:

@@ -8,7 +8,7 @@ import everything
 import harness
 import horovod.torch as hvd
 import torch
-from common import close, flat, held, network, same_everywhere, saved, train, wrap
+from common import close, flat, held, network, same_everywhere, saved, shared, train, virtual, wrap
 from everything import BLOCK
 from torch import Tensor, nn
 
@@ -28,16 +28,6 @@ def trained(compression: Any, dtype: torch.dtype = torch.float32) -> tuple[Any, 
     optimizer = wrap(model, torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9), compression)
     train(model, optimizer, 6, lambda t: 0.05)
     return model, optimizer
-
-
-def shared(model: Any, optimizer: Any) -> Tensor:
-    with optimizer.consensus():
-        return flat(model)
-
-
-def virtual(model: Any, optimizer: Any) -> Tensor:
-    with optimizer.consensus("virtual"):
-        return flat(model)
 
 
 def with_head(x: Tensor, point: Tensor, new: nn.Linear) -> Tensor:

@@ -7,8 +7,8 @@ from typing import Any
 import harness
 import horovod.torch as hvd
 import torch
-from common import close, flat, same_everywhere, sgd, wrap
-from torch import Tensor, nn
+from common import Embedded, close, flat, same_everywhere, sgd, wrap
+from torch import nn
 
 from hvd_compress import DEF, Dense, RandomBlock
 
@@ -16,36 +16,16 @@ RANKS = (2,)
 FULL_RANKS = (3,)
 
 
-class Embedded(nn.Module):
-    """An embedding with sparse gradients and a dense layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.table, self.head = nn.Embedding(20, 4, sparse=True), nn.Linear(4, 2)
-        hvd.broadcast_parameters(self.state_dict(), root_rank=0)
-
-    def forward(self, rows: Tensor) -> Tensor:
-        out: Tensor = self.head(self.table(rows))
-        return out
-
-
-def copy_of(model: Embedded) -> Embedded:
-    twin = Embedded()
-    twin.load_state_dict(model.state_dict())
-    return twin
-
-
 def check_a_sum_of_sparse_gradients() -> None:
-    model = Embedded()
     results = []
     for as_dense in (False, True):
-        twin = copy_of(model)
-        optimizer = wrap(twin, sgd(twin), Dense(), op=hvd.Sum, sparse_as_dense=as_dense)
+        model = Embedded()
+        optimizer = wrap(model, sgd(model), Dense(), op=hvd.Sum, sparse_as_dense=as_dense)
         for t in range(3):
             optimizer.zero_grad()
-            twin(torch.tensor([3 * hvd.rank() + t, 1, 1])).square().sum().backward()
+            model(torch.tensor([3 * hvd.rank() + t, 1, 1])).square().sum().backward()
             optimizer.step()
-        results.append(flat(twin))
+        results.append(flat(model))
     close(results[0], results[1], 1e-6, "sparse against dense, summed")
 
 
