@@ -8,7 +8,6 @@ curves to docs/figures/ and the table into docs/convergence.md.
 from __future__ import annotations
 
 import argparse
-import shlex
 import statistics
 import sys
 from pathlib import Path
@@ -177,7 +176,7 @@ def main() -> int:
     parser.add_argument("--reuse", action="store_true", help="take finished runs in --runs as they are")
     parser.add_argument("--no-docs", action="store_true", help="print only: leave results, figure and page alone")
     args = parser.parse_args()
-    around = surroundings()
+    around = surroundings("benchmarks/convergence.py")
     try:
         records = measure(args)
     except LaunchError as error:
@@ -186,8 +185,7 @@ def main() -> int:
     text = markdown(records) + "\n\n" + "\n".join(f"- {line}" for line in verdicts(records))
     print("\n" + text)
     if not args.no_docs:
-        command = shlex.join(["python", "benchmarks/convergence.py", *sys.argv[1:]])
-        report.write_json({"command": command, **around, "records": records}, RESULTS)
+        report.write_json({**around, "records": records}, RESULTS)
         plot(records, FIGURE)
         update_page(PAGE, text)
         print(f"\nfigures {RESULTS}\ncurves  {FIGURE}\ntable   {PAGE}")

@@ -12,7 +12,6 @@ import argparse
 import json
 import math
 import os
-import shlex
 import shutil
 import statistics
 import subprocess
@@ -174,6 +173,7 @@ def main() -> int:
     parser.add_argument("--reuse", action="store_true", help="take finished runs in --runs as they are")
     parser.add_argument("--no-docs", action="store_true", help="print only: leave results, figure and page alone")
     args = parser.parse_args()
+    around = surroundings("benchmarks/papers.py")
     args.runs.mkdir(parents=True, exist_ok=True)
     log = args.runs / f"runs-{args.ranks}ranks.jsonl"
     if not args.reuse:
@@ -188,9 +188,7 @@ def main() -> int:
     ]
     print("\n" + markdown(summaries))
     if not args.no_docs:
-        line = shlex.join(["python", "benchmarks/papers.py", *sys.argv[1:]])
-        around = {"command": line, **surroundings()}  # rows are renewed one by one
-        summaries = beside_others([{**s, **around} for s in summaries])
+        summaries = beside_others([{**s, **around} for s in summaries])  # rows are renewed one by one
         report.write_json({"records": summaries}, RESULTS)
         plot(summaries, FIGURE)
         if not PAGE.exists():

@@ -80,8 +80,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     exit_on_sigterm()
     result: dict[str, Any] = {
-        "command": " ".join(["python benchmarks/run.py", *(sys.argv[1:] if argv is None else argv)]),
-        "model": "ResNet-50", "hosts": args.hosts, "density": "1/64", **surroundings(), "rates": [],
+        **surroundings("benchmarks/run.py", argv), "model": "ResNet-50", "hosts": args.hosts, "density": "1/64",
+        "rates": [],
     }
     print(f"{result['hosts']} hosts, {result['cpu']}, {result['cores']} cores, load {result['load_before']}")
     try:

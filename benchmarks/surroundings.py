@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import subprocess
+import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional, Sequence
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def surroundings() -> dict[str, Any]:
-    """For the head of a data file."""
+def surroundings(script: str, argv: Optional[Sequence[str]] = None) -> dict[str, Any]:
+    """For the head of a data file; to be asked for before the measurement, as the load is noted.
+
+    Args:
+        script: path of the benchmark in the repository.
+        argv: its arguments; None: those of this process.
+    """
     model = platform.processor()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         model = names[0] if names else model
     return {
+        "command": shlex.join(["python", script, *(sys.argv[1:] if argv is None else argv)]),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "cpu": model, "cores": os.cpu_count(), "load_before": round(os.getloadavg()[0], 2),
         "kernel": platform.release(), "python": platform.python_version(), "commit": _commit(),

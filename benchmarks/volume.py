@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds for the runs of one size")
     args = parser.parse_args(argv)
     exit_on_sigterm()
-    records, around = [], surroundings()
+    records, around = [], surroundings("benchmarks/volume.py", argv)
     print(f"{'hosts':>5}  {'method':<34}{'formula MB':>12}{'stats MB':>12}{'counted MB':>12}{'difference':>12}")
     try:
         for hosts in args.hosts:
@@ -85,9 +85,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     if tuple(args.hosts) == HOSTS and args.methods == list(METHODS):
-        command = " ".join(["python benchmarks/volume.py", *(argv if argv is not None else sys.argv[1:])])
-        found = {"command": command, **around, "records": records}
-        RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        RESULTS.write_text(json.dumps({**around, "records": records}, indent=1) + "\n", encoding="utf-8")
         volume_page.write(records)
         print(f"\nwritten: {RESULTS.relative_to(ROOT)}, docs/volume.md and its figure")
     return 0
