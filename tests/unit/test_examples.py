@@ -221,7 +221,7 @@ def test_rank_zero_is_told_from_the_others() -> None:
 def test_the_benchmark_says_when_def_falls_behind(tmp_path: Path) -> None:
     accuracy = {"dense": 98.0, "DEF": 96.5, "EF": 40.0, "EF, lr / 5": 95.0}
     records = [{
-        "dataset": "digits", "method": name, "lr": 0.05, "ranks": 4, "density": "1/64", "accuracy": [value, value],
+        "task": "digits", "method": name, "lr": 0.05, "ranks": 4, "density": "1/64", "accuracy": [value, value],
         "virtual_accuracy": [None, None], "train_loss": [0.1, 0.1], "megabytes_sent": 1.0,
         "curves": [[50.0, value], [55.0, value]],
     } for name, value in accuracy.items()]
