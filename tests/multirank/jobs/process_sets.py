@@ -5,7 +5,7 @@ from __future__ import annotations
 import harness
 import horovod.torch as hvd
 import torch
-from common import close, flat, loss_of, network, same_everywhere, sgd, train, wrap
+from common import close, flat, loss_of, network, same_everywhere, sgd, shared, take_step, train, virtual, wrap
 from everything import EXACT, LOSSY
 
 RANKS = (3,)
@@ -42,13 +42,9 @@ def check_members_agree_and_owe_each_other_only() -> None:
             gradients = torch.autograd.grad(loss_of(model, hvd.rank(), t), list(model.parameters()))
             mine = torch.cat([g.reshape(-1) for g in gradients])
             total += hvd.allreduce(mine, name="test.mean", process_set=some) if some.included() else mine
-            optimizer.zero_grad()
-            loss_of(model, hvd.rank(), t).backward()
-            optimizer.step()
-        with optimizer.consensus("virtual"):
-            close(start - flat(model), 0.1 * total, 1e-6, f"y with {compression}")
-        with optimizer.consensus():
-            x = flat(model)
+            take_step(model, optimizer, t)
+        close(start - virtual(model, optimizer), 0.1 * total, 1e-6, f"y with {compression}")
+        x = shared(model, optimizer)
         if some.included():
             every = hvd.allgather(x.reshape(1, -1), name="test.members", process_set=some)
             assert torch.equal(every[0], every[1]), f"members agree, {compression}"

@@ -113,8 +113,7 @@ def check_a_plain_state_leaves_the_shared_model() -> None:
             model = network()
             optimizer = wrap(model, sgd(model, momentum=0.9), compression)
             train(model, optimizer, 5, lambda t: 0.05)
-            with optimizer.consensus():
-                x = flat(model)
+            x = shared(model, optimizer)
             if loads:
                 model.load_state_dict(network(seed=4).state_dict())
             optimizer.load_state_dict(sgd(network(), momentum=0.9).state_dict())

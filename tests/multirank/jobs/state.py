@@ -23,6 +23,7 @@ from common import (
     saved,
     through_a_file,
     train,
+    virtual,
     wrap,
 )
 from everything import BLOCK
@@ -247,8 +248,7 @@ def check_flush_empties_residuals_into_the_model() -> None:
     for compression in LOSSY:
         model, optimizer = make(compression, torch.float64)
         train(model, optimizer, 6, rate)
-        with optimizer.consensus("virtual"):
-            wanted = flat(model)
+        wanted = virtual(model, optimizer)
         optimizer.flush()
         close(flat(model), wanted, 1e-13, f"parameters with {compression}")
         same_everywhere(flat(model), "parameters")
