@@ -8,7 +8,7 @@ PYTEST := env PATH="$(VENV)/bin:$$PATH" $(PY) -m pytest
 export VENV
 
 .DEFAULT_GOAL := setup
-.PHONY: help setup train test test-full test-slurm lint bench volume convergence papers clean distclean
+.PHONY: help setup train test test-full test-slurm lint bench volume convergence fingerprint papers clean distclean
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*##/\t/' | expand -t 14
 
@@ -38,6 +38,9 @@ volume: setup ## bytes per method, rank and step on the virtual cluster against 
 
 convergence: setup ## the convergence table of docs/convergence.md
 	@env PATH="$(VENV)/bin:$$PATH" $(PY) benchmarks/convergence.py
+
+fingerprint: setup ## compare every bit of training, per algorithm and compressor, with the stored lines
+	@$(PY) scripts/fingerprint.py
 
 papers: setup ## compare the papers' methods on eight ranks (about two hours)
 	@env PATH="$(VENV)/bin:$$PATH" $(PY) benchmarks/papers.py
