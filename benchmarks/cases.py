@@ -80,8 +80,9 @@ def expected_bytes(method: str, shapes: list[Shape], ranks: int) -> float:
     return 2 * (ranks - 1) / ranks * payload * numel(shapes)
 
 
-def _ours(method: str, optimizer: torch.optim.Optimizer,
-          named: list[tuple[str, torch.nn.Parameter]]) -> torch.optim.Optimizer:
+def _ours(
+    method: str, optimizer: torch.optim.Optimizer, named: list[tuple[str, torch.nn.Parameter]]
+) -> torch.optim.Optimizer:
     import hvd_compress  # here, so that Horovod's own figures can be taken without it
 
     block = hvd_compress.RandomBlock(density=DENSITY)

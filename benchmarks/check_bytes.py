@@ -47,8 +47,9 @@ class Comparison:
         return abs(self.difference) <= TOLERANCE
 
 
-def compare(hosts: int, methods: Sequence[str] = _METHODS, steps: int = 5,
-            rate: float | None = None) -> list[Comparison]:
+def compare(
+    hosts: int, methods: Sequence[str] = _METHODS, steps: int = 5, rate: float | None = None
+) -> list[Comparison]:
     """Run `steps` steps of each method on a cluster of its own; one comparison per rank and method."""
     script = [str(Path(__file__).resolve()), "--as-rank", "--steps", str(steps), "--methods", *methods]
     run = run_on_cluster(hosts, rate, script, _ENVIRONMENT)
@@ -112,8 +113,11 @@ def main(argv: list[str] | None = None) -> int:
             for method in args.methods:
                 worst = max((row for row in rows if row.method == method), key=lambda row: abs(row.difference))
                 good = good and worst.agrees
-                print(f"{hosts:>5} {method:<13}{worst.counted / 1e6:>11.3f}{worst.told / 1e6:>11.3f}"
-                      f"{worst.difference:>+12.2%}   {'' if worst.agrees else 'DISAGREES'}", flush=True)
+                print(
+                    f"{hosts:>5} {method:<13}{worst.counted / 1e6:>11.3f}{worst.told / 1e6:>11.3f}"
+                    f"{worst.difference:>+12.2%}   {'' if worst.agrees else 'DISAGREES'}",
+                    flush=True,
+                )
     except (NetlabError, RunFailed, ValueError) as error:
         print(f"check failed: {error}", file=sys.stderr)
         return 1

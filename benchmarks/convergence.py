@@ -52,7 +52,10 @@ TASKS = [
     Task("fashion-mnist, 12 epochs", "fashion-mnist", 0.05, ["--epochs", "12", *FASHION_MNIST]),
 ]
 METHODS = {
-    "dense": Method("dense"), "DEF": Method("def"), "EF": Method("ef"), "EF, lr / 5": Method("ef", 5),
+    "dense": Method("dense"),
+    "DEF": Method("def"),
+    "EF": Method("ef"),
+    "EF, lr / 5": Method("ef", 5),
 }
 
 
@@ -60,8 +63,19 @@ def train(task: Task, method: Method, seed: int, args: argparse.Namespace) -> di
     """The log of one run; with --reuse one that is there already."""
     lr = task.lr / method.lr_divisor
     directory = args.runs / re.sub("[ ,]+", "-", task.name) / f"{method.compression}-lr{lr:g}-seed{seed}"
-    options = ["--dataset", task.dataset, "--lr", f"{lr:g}", "--seed", str(seed), *task.options,
-               "--compression", method.compression, "--density", args.density]
+    options = [
+        "--dataset",
+        task.dataset,
+        "--lr",
+        f"{lr:g}",
+        "--seed",
+        str(seed),
+        *task.options,
+        "--compression",
+        method.compression,
+        "--density",
+        args.density,
+    ]
     if method.compression != "dense":
         options.append("--evaluate-virtual")
     if args.data_dir:
@@ -88,17 +102,28 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
                 log = train(task, method, seed, args)
                 logs.append(log)
                 last = log["epochs"][-1]
-                print(f"{task.name:24} {name:11} seed {seed}  {last['test_accuracy']:6.2f} %"
-                      f"  {log['megabytes_sent']:8.2f} MB  {log['seconds']:6.1f} s", flush=True)
-            records.append({
-                "task": task.name, "method": name, "lr": task.lr / method.lr_divisor, "seeds": args.seeds,
-                "ranks": args.ranks, "density": args.density, "options": task.options,
-                "parameters": logs[0]["parameters"], "megabytes_sent": logs[0]["megabytes_sent"],
-                "accuracy": [log["epochs"][-1]["test_accuracy"] for log in logs],
-                "virtual_accuracy": [log["epochs"][-1].get("virtual_accuracy") for log in logs],
-                "train_loss": [log["epochs"][-1]["train_loss"] for log in logs],
-                "curves": [[epoch["test_accuracy"] for epoch in log["epochs"]] for log in logs],
-            })
+                print(
+                    f"{task.name:24} {name:11} seed {seed}  {last['test_accuracy']:6.2f} %"
+                    f"  {log['megabytes_sent']:8.2f} MB  {log['seconds']:6.1f} s",
+                    flush=True,
+                )
+            records.append(
+                {
+                    "task": task.name,
+                    "method": name,
+                    "lr": task.lr / method.lr_divisor,
+                    "seeds": args.seeds,
+                    "ranks": args.ranks,
+                    "density": args.density,
+                    "options": task.options,
+                    "parameters": logs[0]["parameters"],
+                    "megabytes_sent": logs[0]["megabytes_sent"],
+                    "accuracy": [log["epochs"][-1]["test_accuracy"] for log in logs],
+                    "virtual_accuracy": [log["epochs"][-1].get("virtual_accuracy") for log in logs],
+                    "train_loss": [log["epochs"][-1]["train_loss"] for log in logs],
+                    "curves": [[epoch["test_accuracy"] for epoch in log["epochs"]] for log in logs],
+                }
+            )
     return records
 
 
@@ -108,15 +133,33 @@ def markdown(records: list[dict[str, Any]]) -> str:
     rows = []
     for r in records:
         reference = dense[r["task"]]
-        rows.append([
-            r["task"], r["method"], f"{r['lr']:g}", f"{statistics.mean(r['accuracy']):.2f}",
-            f"{min(r['accuracy']):.2f} to {max(r['accuracy']):.2f}",
-            f"{statistics.mean(r['accuracy']) - statistics.mean(reference['accuracy']):+.2f}",
-            _mean(r["virtual_accuracy"], ".2f"), _mean(r["train_loss"], ".4f"), f"{r['megabytes_sent']:.2f}",
-        ])
+        rows.append(
+            [
+                r["task"],
+                r["method"],
+                f"{r['lr']:g}",
+                f"{statistics.mean(r['accuracy']):.2f}",
+                f"{min(r['accuracy']):.2f} to {max(r['accuracy']):.2f}",
+                f"{statistics.mean(r['accuracy']) - statistics.mean(reference['accuracy']):+.2f}",
+                _mean(r["virtual_accuracy"], ".2f"),
+                _mean(r["train_loss"], ".4f"),
+                f"{r['megabytes_sent']:.2f}",
+            ]
+        )
     text: str = report.table(
-        ["task", "method", "lr", "test accuracy % (mean)", "lowest to highest", "against dense",
-         "at the virtual point", "train loss", "MB sent per rank"], rows)
+        [
+            "task",
+            "method",
+            "lr",
+            "test accuracy % (mean)",
+            "lowest to highest",
+            "against dense",
+            "at the virtual point",
+            "train loss",
+            "MB sent per rank",
+        ],
+        rows,
+    )
     return text
 
 
@@ -131,8 +174,9 @@ def verdicts(records: list[dict[str, Any]]) -> list[str]:
         mean = {r["method"]: statistics.mean(r["accuracy"]) for r in records if r["task"] == task}
         gap, ef_gap = mean["DEF"] - mean["dense"], mean["EF"] - mean["dense"]
         held = "within" if gap >= -MARGIN else "NOT within"
-        lines.append(f"{task}: DEF is {held} {MARGIN:g} point of dense ({gap:+.2f}); EF at the same "
-                     f"learning rate: {ef_gap:+.2f}")
+        lines.append(
+            f"{task}: DEF is {held} {MARGIN:g} point of dense ({gap:+.2f}); EF at the same learning rate: {ef_gap:+.2f}"
+        )
     return lines
 
 
@@ -144,8 +188,7 @@ def plot(records: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     tasks = list(dict.fromkeys(r["task"] for r in records))
-    figure, panels = pyplot.subplots(
-        1, len(tasks), figsize=(5.2 * len(tasks), 4), layout="constrained", squeeze=False)
+    figure, panels = pyplot.subplots(1, len(tasks), figsize=(5.2 * len(tasks), 4), layout="constrained", squeeze=False)
     for axes, task in zip(panels[0], tasks):
         of_task = [r for r in records if r["task"] == task]
         for (colour, style), r in zip(report.STYLES, of_task):

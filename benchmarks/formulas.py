@@ -149,27 +149,34 @@ _BLOCK = hvd_compress.RandomBlock(density=DENSITY)
 METHODS: dict[str, Method] = {
     "Horovod": Method("2(P-1)/P 4d", None, lambda m, p: ring(4 * m.elements, p)),
     "Dense": Method("2(P-1)/P 4d", hvd_compress.Dense, lambda m, p: ring(4 * m.elements, p)),
-    "EF, block 1/64": Method(
-        "2(P-1)/P 4d/64", lambda: hvd_compress.EF(_BLOCK), lambda m, p: ring(4 * m.blocks, p)),
-    "DEF, block 1/64": Method(
-        "2(P-1)/P 4d/64", lambda: hvd_compress.DEF(_BLOCK), lambda m, p: ring(4 * m.blocks, p)),
+    "EF, block 1/64": Method("2(P-1)/P 4d/64", lambda: hvd_compress.EF(_BLOCK), lambda m, p: ring(4 * m.blocks, p)),
+    "DEF, block 1/64": Method("2(P-1)/P 4d/64", lambda: hvd_compress.DEF(_BLOCK), lambda m, p: ring(4 * m.blocks, p)),
     "DistEF, 1 bit": Method("2(P-1)/P d/8", hvd_compress.DistEF, _two_way),
     "LIEC, 1 bit, period 32": Method(
-        "2(P-1)/P (d/8 31/32 + 8d/32)", lambda: hvd_compress.LIEC(averaging_period=PERIOD), _liec, PERIOD),
+        "2(P-1)/P (d/8 31/32 + 8d/32)", lambda: hvd_compress.LIEC(averaging_period=PERIOD), _liec, PERIOD
+    ),
     "EF, 1 bit (MEM-SGD)": Method(
-        "(P-1) d/8", lambda: hvd_compress.EF(hvd_compress.BlockSign()), lambda m, p: gather(m.elements / 8, p)),
+        "(P-1) d/8", lambda: hvd_compress.EF(hvd_compress.BlockSign()), lambda m, p: gather(m.elements / 8, p)
+    ),
     "EF, top 1/1000": Method(
-        "2(P-1) 4k, k = d/1000", lambda: hvd_compress.EF(hvd_compress.TopK(TOP)),
-        lambda m, p: gather(8 * TOP * m.elements, p)),
+        "2(P-1) 4k, k = d/1000",
+        lambda: hvd_compress.EF(hvd_compress.TopK(TOP)),
+        lambda m, p: gather(8 * TOP * m.elements, p),
+    ),
     "EF, PowerSGD rank 4": Method(
-        "2(P-1)/P 4 sum 4(n+m)", lambda: hvd_compress.EF(hvd_compress.LowRank(RANK)),
-        lambda m, p: ring(4 * m.factors, p)),
+        "2(P-1)/P 4 sum 4(n+m)",
+        lambda: hvd_compress.EF(hvd_compress.LowRank(RANK)),
+        lambda m, p: ring(4 * m.factors, p),
+    ),
     "gs-SGD, ring": Method("2(P-1)/P 4(rc + 4K + v)", _sketch("allreduce"), _sketched(ring)),
     "gs-SGD, gathered (Sketched-SGD)": Method(
-        "(P-1) 4rc + 2(P-1)/P 4(4K + v)", _sketch("allgather"), _sketched(gather)),
-    "gs-SGD, tree": Method(
-        "log2(P) 4rc + 2(P-1)/P 4(4K + v)", _sketch("tree"), _sketched(doubling), mpi=True),
+        "(P-1) 4rc + 2(P-1)/P 4(4K + v)", _sketch("allgather"), _sketched(gather)
+    ),
+    "gs-SGD, tree": Method("log2(P) 4rc + 2(P-1)/P 4(4K + v)", _sketch("tree"), _sketched(doubling), mpi=True),
     "gTop-k, 1/1000": Method(
-        "2(P-1)/P 8k, k = d/1000", lambda: hvd_compress.GlobalTopK(density=TOP),
-        lambda m, p: up_and_down(8 * TOP * m.elements, p), mpi=True),
+        "2(P-1)/P 8k, k = d/1000",
+        lambda: hvd_compress.GlobalTopK(density=TOP),
+        lambda m, p: up_and_down(8 * TOP * m.elements, p),
+        mpi=True,
+    ),
 }

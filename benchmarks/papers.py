@@ -105,7 +105,11 @@ def tuned(args: argparse.Namespace, log: Path) -> dict[str, dict[float, float]]:
 
 def summarise(name: str, lr: float, tuning: dict[float, float], records: list[dict[str, Any]]) -> dict[str, Any]:
     return {
-        "paper": CASES[name].paper, "case": name, "lr": lr, "tuning": tuning, "seeds": [r["seed"] for r in records],
+        "paper": CASES[name].paper,
+        "case": name,
+        "lr": lr,
+        "tuning": tuning,
+        "seeds": [r["seed"] for r in records],
         **{key: records[0][key] for key in ("steps", "ranks", "parameters", "bytes_per_step", "bytes_per_step_most")},
         **{key: [r[key] for r in records] for key in ("accuracy", "train_loss", "curve", "seconds")},
     }
@@ -121,15 +125,25 @@ def beside_others(summaries: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def markdown(summaries: list[dict[str, Any]]) -> str:
     rows = [
         [
-            s["paper"], s["case"], f"{s['lr']:g}", f"{statistics.mean(s['accuracy']):.2f}",
+            s["paper"],
+            s["case"],
+            f"{s['lr']:g}",
+            f"{statistics.mean(s['accuracy']):.2f}",
             f"{min(s['accuracy']):.2f} to {max(s['accuracy']):.2f}",
             "-" if None in s["train_loss"] else f"{statistics.mean(s['train_loss']):.3f}",
             f"{s['bytes_per_step'] / 1e6:.4f}",
         ]
         for s in summaries
     ]
-    head = ["paper", "method", "lr", "test accuracy % (mean)", "lowest to highest", "train loss",
-            "MB per step and rank"]
+    head = [
+        "paper",
+        "method",
+        "lr",
+        "test accuracy % (mean)",
+        "lowest to highest",
+        "train loss",
+        "MB per step and rank",
+    ]
     text: str = report.table(head, rows)
     return text
 
@@ -142,8 +156,9 @@ def plot(summaries: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     papers = list(dict.fromkeys(s["paper"] for s in summaries))
-    figure, panels = pyplot.subplots(1, len(papers), figsize=(4.6 * len(papers), 5.2), layout="constrained",
-                                     squeeze=False)
+    figure, panels = pyplot.subplots(
+        1, len(papers), figsize=(4.6 * len(papers), 5.2), layout="constrained", squeeze=False
+    )
     for axes, paper in zip(panels[0], papers):
         for index, s in enumerate(s for s in summaries if s["paper"] == paper):
             x = [step for step, _ in s["curve"][0]]
@@ -163,8 +178,14 @@ def plot(summaries: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES), metavar="CASE",
-                        help="of the table's methods; rows of others stay as they are")
+    parser.add_argument(
+        "--cases",
+        nargs="+",
+        choices=list(CASES),
+        default=list(CASES),
+        metavar="CASE",
+        help="of the table's methods; rows of others stay as they are",
+    )
     parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=1500)

@@ -34,8 +34,12 @@ def network(seed: int) -> nn.Module:
     """20,490 parameters; no batch normalisation, whose statistics would be a question of their own."""
     torch.manual_seed(seed)
     return nn.Sequential(
-        nn.Conv2d(1, 16, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU(),
-        nn.Flatten(), nn.Linear(32 * 7 * 7, 10),
+        nn.Conv2d(1, 16, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(32 * 7 * 7, 10),
     )
 
 
@@ -57,9 +61,7 @@ def train(name: str, lr: float, seed: int, steps: int, points: int, sets: data.D
     """One run, evaluated `points` times; the record that is kept of it."""
     case = CASES[name]
     model = network(seed)
-    sgd = torch.optim.SGD(
-        model.parameters(), lr=lr, momentum=case.momentum, nesterov=case.nesterov, weight_decay=1e-4
-    )
+    sgd = torch.optim.SGD(model.parameters(), lr=lr, momentum=case.momentum, nesterov=case.nesterov, weight_decay=1e-4)
     optimizer = hvd_compress.DistributedOptimizer(sgd, model.named_parameters(), compression=case.build())
     mine = slice(hvd.rank(), None, hvd.size())
     images, labels = (part[:-VALIDATION] for part in sets.train.tensors)
@@ -91,10 +93,19 @@ def train(name: str, lr: float, seed: int, steps: int, points: int, sets: data.D
     figures = hvd.allgather(torch.tensor([[sum(tail) / len(tail), sent / steps]]), name="papers.figures")
     mean_loss = float(figures[:, 0].mean())
     return {
-        "case": name, "lr": lr, "seed": seed, "steps": steps, "ranks": hvd.size(), "accuracy": curve[-1][1],
-        "validation": held_out, "curve": curve, "train_loss": mean_loss if math.isfinite(mean_loss) else None,
-        "bytes_per_step": float(figures[:, 1].mean()), "bytes_per_step_most": float(figures[:, 1].max()),
-        "parameters": sum(p.numel() for p in model.parameters()), "seconds": time.perf_counter() - begin,
+        "case": name,
+        "lr": lr,
+        "seed": seed,
+        "steps": steps,
+        "ranks": hvd.size(),
+        "accuracy": curve[-1][1],
+        "validation": held_out,
+        "curve": curve,
+        "train_loss": mean_loss if math.isfinite(mean_loss) else None,
+        "bytes_per_step": float(figures[:, 1].mean()),
+        "bytes_per_step_most": float(figures[:, 1].max()),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "seconds": time.perf_counter() - begin,
     }
 
 
@@ -113,8 +124,11 @@ def main() -> None:
         if hvd.rank() == 0:
             with args.output.open("a") as file:
                 file.write(json.dumps(record) + "\n")
-            print(f"{name:34} lr {lr:<6g} seed {seed}  {record['accuracy']:6.2f} %  "
-                  f"{record['bytes_per_step'] / 1e3:8.1f} kB/step  {record['seconds']:6.1f} s", flush=True)
+            print(
+                f"{name:34} lr {lr:<6g} seed {seed}  {record['accuracy']:6.2f} %  "
+                f"{record['bytes_per_step'] / 1e3:8.1f} kB/step  {record['seconds']:6.1f} s",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -17,8 +17,15 @@ _PHASES = ("zero_grad", "backward", "step")
 FLOOR_BYTES = {"dense": 8, "ef": 12, "def": 20}
 # How many times smaller than Horovod's own the overhead is to be, at 4 hosts; by Mbit/s (None: unlimited).
 TARGETS: dict[tuple[float | None, str], float] = {
-    (1000.0, "ef"): 20, (1000.0, "def"): 15, (100.0, "ef"): 45, (100.0, "def"): 45,
-    (1000.0, "dense"): 1, (100.0, "dense"): 1, (None, "dense"): 1, (None, "ef"): 1, (None, "def"): 1,
+    (1000.0, "ef"): 20,
+    (1000.0, "def"): 15,
+    (100.0, "ef"): 45,
+    (100.0, "def"): 45,
+    (1000.0, "dense"): 1,
+    (100.0, "dense"): 1,
+    (None, "dense"): 1,
+    (None, "ef"): 1,
+    (None, "def"): 1,
 }
 TARGET_HOSTS = 4
 
@@ -55,8 +62,9 @@ def summarise(ranks: list[dict[str, Any]], rate: float | None) -> dict[str, Any]
     return figures
 
 
-def _method(ranks: list[dict[str, Any]], method: str, seconds: list[float], base: float, bandwidth: float,
-            rate: float | None) -> dict[str, Any]:
+def _method(
+    ranks: list[dict[str, Any]], method: str, seconds: list[float], base: float, bandwidth: float, rate: float | None
+) -> dict[str, Any]:
     expected = ranks[0]["expected_bytes"][method]
     floor = 1e3 * FLOOR_BYTES.get(method, 0) * ranks[0]["elements"] / bandwidth
     link = 8e3 * expected / (rate * 1e6) if rate else 0.0
@@ -91,8 +99,10 @@ def _phases(ranks: list[dict[str, Any]], method: str) -> dict[str, float]:
 def _work(ranks: list[dict[str, Any]], method: str) -> dict[str, float]:
     """Processor time (user and system, all threads) and page faults of a step: median over ranks and repeats."""
     records = [rank["records"][method] for rank in ranks]
-    return {"cpu_ms": 1e3 * median(value for record in records for value in record["cpu_seconds"]),
-            "page_faults": median(value for record in records for value in record["page_faults"])}
+    return {
+        "cpu_ms": 1e3 * median(value for record in records for value in record["cpu_seconds"]),
+        "page_faults": median(value for record in records for value in record["page_faults"]),
+    }
 
 
 def _stats(ranks: list[dict[str, Any]], method: str) -> dict[str, float]:
@@ -119,11 +129,15 @@ def table(figures: dict[str, Any]) -> str:
     """Format the figures of one rate."""
     rate = f"{figures['rate_mbit']:g} Mbit/s" if figures["rate_mbit"] else "unlimited"
     low, high = figures["local_step_quartiles_ms"]
-    head = (f"links {rate}; {figures['repeats']} repeats; unwrapped step {figures['local_step_ms']:.1f} ms "
-            f"({low:.1f}..{high:.1f}); "
-            f"copy {figures['copy_gb_per_second']:.1f} GB/s per rank")
-    columns = (f"  {'method':<13}{'step ms':>9}{'quartiles':>18}{'overhead':>10}{'floor':>8}{'Horovod /':>11}"
-               f"{'target':>8}{'':>7}{'MB/step':>9}{'stats MB':>10}")
+    head = (
+        f"links {rate}; {figures['repeats']} repeats; unwrapped step {figures['local_step_ms']:.1f} ms "
+        f"({low:.1f}..{high:.1f}); "
+        f"copy {figures['copy_gb_per_second']:.1f} GB/s per rank"
+    )
+    columns = (
+        f"  {'method':<13}{'step ms':>9}{'quartiles':>18}{'overhead':>10}{'floor':>8}{'Horovod /':>11}"
+        f"{'target':>8}{'':>7}{'MB/step':>9}{'stats MB':>10}"
+    )
     lines = [head, columns]
     for method, entry in figures["methods"].items():
         low, high = entry["step_quartiles_ms"]
@@ -135,22 +149,30 @@ def table(figures: dict[str, Any]) -> str:
             f"  {method:<13}{entry['step_ms']:>9.1f}{f'{low:.1f}..{high:.1f}':>18}{entry['overhead_ms']:>10.1f}"
             f"{f'{floor:.1f}' if floor else '-':>8}{f'{ratio:.1f}x' if ratio else '-':>11}"
             f"{f'{target:g}x' if target else '-':>8}{verdict:>7}{entry['interface_bytes'] / 1e6:>9.2f}"
-            f"{f'{counted / 1e6:.2f}' if counted is not None else '-':>10}")
-    lines.append(f"  {'ms in':<13}{'zero_grad':>10}{'backward':>10}{'step':>10}{'cpu ms':>10}{'faults':>10}"
-                 "   encode, decode, wait ms by stats()")
+            f"{f'{counted / 1e6:.2f}' if counted is not None else '-':>10}"
+        )
+    lines.append(
+        f"  {'ms in':<13}{'zero_grad':>10}{'backward':>10}{'step':>10}{'cpu ms':>10}{'faults':>10}"
+        "   encode, decode, wait ms by stats()"
+    )
     local = {"phases_ms": figures["local_phases_ms"], "work": figures["local_work"], "stats": {}}
     for method, entry in [(LOCAL, local), *figures["methods"].items()]:
         phases, work, stats = entry["phases_ms"], entry["work"], entry["stats"]
-        inner = ", ".join(f"{1e3 * stats[key]:.1f}" for key in ("encode_seconds", "decode_seconds", "wait_seconds")
-                          if key in stats)
-        lines.append(f"  {method:<13}" + "".join(f"{phases[name]:>10.1f}" for name in _PHASES)
-                     + f"{work['cpu_ms']:>10.1f}{work['page_faults']:>10.0f}   {inner}")
+        inner = ", ".join(
+            f"{1e3 * stats[key]:.1f}" for key in ("encode_seconds", "decode_seconds", "wait_seconds") if key in stats
+        )
+        lines.append(
+            f"  {method:<13}"
+            + "".join(f"{phases[name]:>10.1f}" for name in _PHASES)
+            + f"{work['cpu_ms']:>10.1f}{work['page_faults']:>10.0f}   {inner}"
+        )
     return "\n".join(lines)
 
 
 def plot(result: dict[str, Any], target: Path) -> None:
     """Draw the overhead of every method at every rate, on a logarithmic scale."""
     import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -163,8 +185,14 @@ def plot(result: dict[str, Any], target: Path) -> None:
         entries = [rate["methods"][method] for rate in rates]
         # A logarithmic axis has no zero: overheads within the noise are drawn as a tenth of a millisecond.
         bars = axes.bar(places, [max(e["overhead_ms"], 0.1) for e in entries], width, label=method)
-        labels = [f"{e['overhead_ms']:.0f} ms" if method == REFERENCE
-                  else f"{r:.3g}x" if (r := e["times_less_than_horovod"]) else "" for e in entries]
+        labels = [
+            f"{e['overhead_ms']:.0f} ms"
+            if method == REFERENCE
+            else f"{r:.3g}x"
+            if (r := e["times_less_than_horovod"])
+            else ""
+            for e in entries
+        ]
         axes.bar_label(bars, labels, fontsize=7)
     axes.set_yscale("log")
     axes.set_ylabel("overhead of a step, ms (bars: times less than Horovod)")

@@ -61,9 +61,19 @@ def measure(cluster: Cluster, rate: float | None, args: argparse.Namespace) -> d
     slow = rate is not None and rate < _SLOW
     repeats = max(3, args.repeats // 2) if slow else args.repeats
     cluster.set_rate(rate)
-    command = [str(_RANK_SCRIPT), "--repeats", str(repeats), "--warmup", str(args.warmup),
-               "--compressed-times", str(_COMPRESSED_TIMES if slow else 1),
-               "--budget", str(args.budget), "--methods", *args.methods]
+    command = [
+        str(_RANK_SCRIPT),
+        "--repeats",
+        str(repeats),
+        "--warmup",
+        str(args.warmup),
+        "--compressed-times",
+        str(_COMPRESSED_TIMES if slow else 1),
+        "--budget",
+        str(args.budget),
+        "--methods",
+        *args.methods,
+    ]
     run = launch(cluster, [*command, "--profile"] if args.profile else command, timeout=args.timeout)
     if args.profile:
         print(run.ranks[0].stderr)
@@ -80,7 +90,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     exit_on_sigterm()
     result: dict[str, Any] = {
-        **surroundings("benchmarks/run.py", argv), "model": "ResNet-50", "hosts": args.hosts, "density": "1/64",
+        **surroundings("benchmarks/run.py", argv),
+        "model": "ResNet-50",
+        "hosts": args.hosts,
+        "density": "1/64",
         "rates": [],
     }
     print(f"{result['hosts']} hosts, {result['cpu']}, {result['cores']} cores, load {result['load_before']}")
@@ -102,8 +115,12 @@ def main(argv: list[str] | None = None) -> int:
     plot(result, path.with_suffix(".png"))
     shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
     print(f"\nwritten: {shown} and {shown.with_suffix('.png').name}")
-    missed = [f"{method} at {rate_name(figures['rate_mbit'])}" for figures in result["rates"]
-              for method, entry in figures["methods"].items() if met(entry) is False]
+    missed = [
+        f"{method} at {rate_name(figures['rate_mbit'])}"
+        for figures in result["rates"]
+        for method, entry in figures["methods"].items()
+        if met(entry) is False
+    ]
     if missed:
         print(f"targets missed: {', '.join(missed)}")
     return 1 if missed and args.check else 0

@@ -150,7 +150,8 @@ def main() -> None:
         "expected_bytes": {method: expected_bytes(method, shapes, hvd.size()) for method in records},
         "copy_seconds": copy_seconds(numel(shapes)),
         "idle_bytes_per_second": idle_traffic(),
-        "tensors": len(shapes), "elements": numel(shapes),
+        "tensors": len(shapes),
+        "elements": numel(shapes),
     }
     for method, profile in profiles.items():
         print(f"profile of {method}, {len(records[method].sent)} steps", file=sys.stderr)

@@ -30,8 +30,12 @@ def surroundings(script: str, argv: Optional[Sequence[str]] = None) -> dict[str,
     return {
         "command": shlex.join(["python", script, *(sys.argv[1:] if argv is None else argv)]),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "cpu": model, "cores": os.cpu_count(), "load_before": round(os.getloadavg()[0], 2),
-        "kernel": platform.release(), "python": platform.python_version(), "commit": _commit(),
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "load_before": round(os.getloadavg()[0], 2),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "commit": _commit(),
         "versions": {name: _version(name) for name in ("torch", "horovod", "hvd_compress", "numpy")},
     }
 
@@ -44,6 +48,7 @@ def _version(package: str) -> str:
 
 
 def _commit() -> str:
-    done = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty"],
-                          check=False, capture_output=True, text=True)
+    done = subprocess.run(
+        ["git", "-C", str(ROOT), "describe", "--always", "--dirty"], check=False, capture_output=True, text=True
+    )
     return done.stdout.strip() or "unknown"

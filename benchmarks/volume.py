@@ -53,8 +53,11 @@ def measure(hosts: int, names: list[str], timeout: float) -> list[dict[str, Any]
     model = model_of(resnet50())
     return [
         {
-            "method": name, "hosts": hosts, "formula": METHODS[name].volume(model, hosts).sent,
-            "counted": mean(r["counted"] for r in told[name]), "most": max(r["counted"] for r in told[name]),
+            "method": name,
+            "hosts": hosts,
+            "formula": METHODS[name].volume(model, hosts).sent,
+            "counted": mean(r["counted"] for r in told[name]),
+            "most": max(r["counted"] for r in told[name]),
             "stats": mean(r["stats"] for r in told[name]) if METHODS[name].build else None,
         }
         for name in names
@@ -77,8 +80,11 @@ def main(argv: list[str] | None = None) -> int:
                 records.append(record)
                 stats = "-" if record["stats"] is None else f"{record['stats'] / 1e6:.3f}"
                 difference = record["counted"] / record["formula"] - 1
-                print(f"{hosts:>5}  {record['method']:<34}{record['formula'] / 1e6:>12.3f}{stats:>12}"
-                      f"{record['counted'] / 1e6:>12.3f}{difference:>+12.1%}", flush=True)
+                print(
+                    f"{hosts:>5}  {record['method']:<34}{record['formula'] / 1e6:>12.3f}{stats:>12}"
+                    f"{record['counted'] / 1e6:>12.3f}{difference:>+12.1%}",
+                    flush=True,
+                )
     except (NetlabError, RunFailed, ValueError) as error:
         print(f"volume: {error}", file=sys.stderr)
         return 1

@@ -35,8 +35,12 @@ def snapshot(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def save(
-    directory: Path, epoch: int, weights: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler, history: list[dict[str, Any]],
+    directory: Path,
+    epoch: int,
+    weights: dict[str, torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    history: list[dict[str, Any]],
 ) -> None:
     """Collective: keeps the state after `epoch` epochs; `weights` are the shared model's."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -68,7 +72,11 @@ def load_model(directory: Path, model: torch.nn.Module) -> tuple[int, int, list[
 
 
 def load_optimizer(
-    directory: Path, epoch: int, ranks: int, steps_per_epoch: int, optimizer: torch.optim.Optimizer,
+    directory: Path,
+    epoch: int,
+    ranks: int,
+    steps_per_epoch: int,
+    optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LambdaLR,
 ) -> None:
     """Each rank takes up its own momentum and residual. Comes AFTER the broadcasts: they are rank 0's.
@@ -82,8 +90,11 @@ def load_optimizer(
     if same:
         optimizer.load_state_dict(mine["optimizer"])
     elif hvd.rank() == 0:
-        print(f"the checkpoint is of {ranks} ranks, this run has {hvd.size()}: the model and the learning "
-              "rate go on, momentum and residuals start anew", flush=True)
+        print(
+            f"the checkpoint is of {ranks} ranks, this run has {hvd.size()}: the model and the learning "
+            "rate go on, momentum and residuals start anew",
+            flush=True,
+        )
     scheduler.last_epoch = epoch * steps_per_epoch  # which counts steps
     for group, base, factor in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas):
         group["lr"] = base * factor(scheduler.last_epoch)

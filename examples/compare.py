@@ -18,7 +18,8 @@ SCRIPT = Path(__file__).with_name("train.py")
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--ranks", type=int, default=2, help="processes on this host (default: 2)")
     parser.add_argument("--dataset", choices=["digits", "fashion-mnist"], default="digits")
     parser.add_argument("--density", default="1/64", help="of DEF: fraction of elements sent (default: 1/64)")

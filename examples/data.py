@@ -35,9 +35,7 @@ class Data(NamedTuple):
 
 def load(name: str, directory: Path | None = None, train_samples: int | None = None) -> Data:
     """The data set `name`, standardised; the first `train_samples` of its training half if given."""
-    images, labels, test_images, test_labels = (
-        _digits() if name == "digits" else _fashion_mnist(directory)
-    )
+    images, labels, test_images, test_labels = _digits() if name == "digits" else _fashion_mnist(directory)
     images, labels = images[:train_samples], labels[:train_samples]
     mean, std = float(images.mean()), float(images.std())
 

@@ -38,9 +38,7 @@ class SmallResNet(nn.Module):
         super().__init__()
         self.stem = _conv(1, width, 2 if image_size >= 16 else 1)
         self.norm = nn.BatchNorm2d(width)
-        self.stages = nn.Sequential(
-            Block(width, width, 1), Block(width, 2 * width, 2), Block(2 * width, 4 * width, 2)
-        )
+        self.stages = nn.Sequential(Block(width, width, 1), Block(width, 2 * width, 2), Block(2 * width, 4 * width, 2))
         self.head = nn.Linear(4 * width, classes)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -32,9 +32,7 @@ def coefficient(text: str) -> float | str:
 
 def parse(description: str | None) -> argparse.Namespace:
     """The parsed command line; the options of compression are there only in a script that compresses."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--dataset", choices=["digits", "fashion-mnist"], default="digits")
     parser.add_argument("--data-dir", type=Path, help="where the four Fashion-MNIST .gz files are")
     parser.add_argument("--train-samples", type=int, help="use only the first so many training images")
@@ -46,8 +44,13 @@ def parse(description: str | None) -> argparse.Namespace:
     parser.add_argument("--momentum", type=float, default=0.9)
     parser.add_argument("--weight-decay", type=float, default=5e-4)
     parser.add_argument("--warmup-epochs", type=float, default=2)
-    parser.add_argument("--decay-at", type=fraction, nargs="*", default=[0.5, 0.75],
-                        help="fractions of the run after which the learning rate is divided by ten")
+    parser.add_argument(
+        "--decay-at",
+        type=fraction,
+        nargs="*",
+        default=[0.5, 0.75],
+        help="fractions of the run after which the learning rate is divided by ten",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("runs/train"), help="for log and checkpoints")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --output, if any")
@@ -55,17 +58,28 @@ def parse(description: str | None) -> argparse.Namespace:
         return parser.parse_args()
     group = parser.add_argument_group("compression")
     group.add_argument("--compression", choices=ALGORITHMS, default="def", help="the algorithm")
-    group.add_argument("--compressor", choices=COMPRESSORS,
-                       help="what ef, def, dist-ef and liec send (default: random-block; sign for the last two)")
-    group.add_argument("--density", type=fraction, default=1 / 64,
-                       help="fraction of elements sent; of gs-sgd, size of the sketch")
+    group.add_argument(
+        "--compressor",
+        choices=COMPRESSORS,
+        help="what ef, def, dist-ef and liec send (default: random-block; sign for the last two)",
+    )
+    group.add_argument(
+        "--density", type=fraction, default=1 / 64, help="fraction of elements sent; of gs-sgd, size of the sketch"
+    )
     group.add_argument("--coefficient", type=coefficient, default=0.3, help="of def; may be `auto`")
     group.add_argument("--low-rank", type=int, default=4, help="of the factors that low-rank sends")
     group.add_argument("--averaging-period", type=int, default=32, help="of liec, in steps")
-    group.add_argument("--sketch-exchange", choices=["allreduce", "tree", "allgather"], default="allreduce",
-                       help="how gs-sgd adds sketches; a tree needs MPI, as gtop-k does")
-    group.add_argument("--evaluate-virtual", action="store_true",
-                       help="evaluate also at the virtual iterate y (one dense allreduce an epoch)")
+    group.add_argument(
+        "--sketch-exchange",
+        choices=["allreduce", "tree", "allgather"],
+        default="allreduce",
+        help="how gs-sgd adds sketches; a tree needs MPI, as gtop-k does",
+    )
+    group.add_argument(
+        "--evaluate-virtual",
+        action="store_true",
+        help="evaluate also at the virtual iterate y (one dense allreduce an epoch)",
+    )
     args = parser.parse_args()
     if args.compressor and args.compression not in USUAL:
         parser.error(f"--compressor {args.compressor}: {args.compression} takes none; leave it out")
@@ -103,7 +117,8 @@ def compression(args: argparse.Namespace) -> hvd_compress.Algorithm:
         "dist-ef": lambda: hvd_compress.DistEF(compressor(args)),
         "liec": lambda: hvd_compress.LIEC(compressor(args), averaging_period=args.averaging_period),
         "gs-sgd": lambda: hvd_compress.GlobalSketch(
-            hvd_compress.CountSketch(density=args.density, seed=args.seed), exchange=args.sketch_exchange),
+            hvd_compress.CountSketch(density=args.density, seed=args.seed), exchange=args.sketch_exchange
+        ),
         "gtop-k": lambda: hvd_compress.GlobalTopK(density=args.density),
     }
     return build[args.compression]()
@@ -112,8 +127,10 @@ def compression(args: argparse.Namespace) -> hvd_compress.Algorithm:
 def require_batches(args: argparse.Namespace, batches: int, images: int) -> None:
     """Exits with the remedy where a rank's share of the images is not one batch."""
     if not batches:
-        sys.exit(f"--batch-size {args.batch_size}: each rank has {images} training images, fewer than one batch; "
-                 "take a smaller batch or fewer ranks")
+        sys.exit(
+            f"--batch-size {args.batch_size}: each rank has {images} training images, fewer than one batch; "
+            "take a smaller batch or fewer ranks"
+        )
 
 
 def warm_up_and_decay(args: argparse.Namespace, steps_per_epoch: int) -> Callable[[int], float]:

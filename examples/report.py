@@ -88,10 +88,15 @@ def summary(logs: dict[str, dict[str, Any]]) -> str:
     rows = []
     for name, log in logs.items():
         last = log["epochs"][-1]
-        rows.append([
-            name, _figure(last["test_accuracy"], ".2f"), _figure(last["test_loss"], ".4f"),
-            f"{log['megabytes_sent']:.2f}", f"{log['seconds']:.1f}",
-        ])
+        rows.append(
+            [
+                name,
+                _figure(last["test_accuracy"], ".2f"),
+                _figure(last["test_loss"], ".4f"),
+                f"{log['megabytes_sent']:.2f}",
+                f"{log['seconds']:.1f}",
+            ]
+        )
     return table(["run", "test accuracy %", "test loss", "MB sent per rank", "seconds training"], rows)
 
 

@@ -29,13 +29,15 @@ def main() -> None:
 
     images = data.load(args.dataset, args.data_dir, args.train_samples)
     sampler: DistributedSampler[torch.Tensor] = DistributedSampler(
-        images.train, num_replicas=hvd.size(), rank=hvd.rank(), seed=args.seed)
+        images.train, num_replicas=hvd.size(), rank=hvd.rank(), seed=args.seed
+    )
     loader = DataLoader(images.train, batch_size=args.batch_size, sampler=sampler, drop_last=True)
     options.require_batches(args, len(loader), len(sampler))
     model = SmallResNet(images.image_size, images.classes, args.width).to(device)
 
     optimizer: torch.optim.Optimizer = torch.optim.SGD(
-        model.parameters(), lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
+        model.parameters(), lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay
+    )
     optimizer = hvd.DistributedOptimizer(optimizer, model.named_parameters())
     schedule = options.warm_up_and_decay(args, len(loader))
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
@@ -49,8 +51,13 @@ def main() -> None:
     log = Log(args, model, history)
 
     last = min(args.epochs, args.stop_after or args.epochs)
-    bar = tqdm(total=last * len(loader), initial=start * len(loader), unit="step",
-               mininterval=1, disable=None if hvd.rank() == 0 else True)
+    bar = tqdm(
+        total=last * len(loader),
+        initial=start * len(loader),
+        unit="step",
+        mininterval=1,
+        disable=None if hvd.rank() == 0 else True,
+    )
     for epoch in range(start, last):
         sampler.set_epoch(epoch)
         model.train()
@@ -73,8 +80,15 @@ def main() -> None:
         with common.evaluation_point(optimizer):
             score = common.evaluate(model, images.test, device)
             weights = checkpoint.snapshot(model)
-        log.add(epoch=epoch + 1, train_loss=train_loss, test_loss=score.loss, test_accuracy=score.accuracy,
-                virtual_accuracy=virtual, seconds=seconds, mb_sent=log.megabytes + sent)
+        log.add(
+            epoch=epoch + 1,
+            train_loss=train_loss,
+            test_loss=score.loss,
+            test_accuracy=score.accuracy,
+            virtual_accuracy=virtual,
+            seconds=seconds,
+            mb_sent=log.megabytes + sent,
+        )
         checkpoint.save(args.output, epoch + 1, weights, optimizer, scheduler, log.history)
         if not math.isfinite(train_loss):
             break

@@ -12,8 +12,23 @@ from hvd_compress.telemetry import Stats
 __version__ = "0.1.0"
 
 __all__ = [
-    "Adasum", "Algorithm", "Average", "Compression", "DEF", "Dense", "DistEF", "DistributedOptimizer", "EF",
-    "GlobalSketch", "GlobalTopK", "LIEC", "Policy", "ProcessSet", "Stats", "Sum", "global_process_set",
+    "Adasum",
+    "Algorithm",
+    "Average",
+    "Compression",
+    "DEF",
+    "Dense",
+    "DistEF",
+    "DistributedOptimizer",
+    "EF",
+    "GlobalSketch",
+    "GlobalTopK",
+    "LIEC",
+    "Policy",
+    "ProcessSet",
+    "Stats",
+    "Sum",
+    "global_process_set",
 ]
 # What compressors/__init__.py makes public. Not by a star at run time: that would also bring the modules
 # there, over ours of the same name.

@@ -23,9 +23,7 @@ Groups = Union[int, Sequence[Sequence[Tensor]], None]
 def require_horovod() -> None:
     """Raise ValueError unless ``hvd.init()`` has been called."""
     if not collectives.is_initialized():
-        raise ValueError(
-            "hvd_compress.DistributedOptimizer: Horovod has not been initialized; call hvd.init() first"
-        )
+        raise ValueError("hvd_compress.DistributedOptimizer: Horovod has not been initialized; call hvd.init() first")
 
 
 def algorithm_of(compression: Any) -> Algorithm:
@@ -156,9 +154,7 @@ def parameter_names(
     """Name of every parameter; raises Horovod's three ValueErrors. Names of other parameters are kept."""
     groups = optimizer.param_groups
     if named_parameters is None:
-        return {
-            p: f"allreduce.noname.{i}.{j}" for i, group in enumerate(groups) for j, p in enumerate(group["params"])
-        }
+        return {p: f"allreduce.noname.{i}.{j}" for i, group in enumerate(groups) for j, p in enumerate(group["params"])}
     named = list(named_parameters)
     if any(not isinstance(p, tuple) for p in named):
         raise ValueError(

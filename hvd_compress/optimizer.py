@@ -88,8 +88,16 @@ def DistributedOptimizer(
         if isinstance(compression, Algorithm):
             compression = Compression.fp16 if algorithm == Dense(Cast(torch.float16)) else Compression.none
         return collectives.horovod_optimizer(
-            optimizer, named_parameters, compression, backward_passes_per_step, op, gradient_predivide_factor,
-            0, groups, sparse_as_dense, process_set,
+            optimizer,
+            named_parameters,
+            compression,
+            backward_passes_per_step,
+            op,
+            gradient_predivide_factor,
+            0,
+            groups,
+            sparse_as_dense,
+            process_set,
         )
     base = type(optimizer)
     names = arguments.parameter_names(optimizer, named_parameters)
@@ -116,8 +124,14 @@ class _DistributedOptimizer(torch.optim.Optimizer):
     _step_supports_amp_scaling = True
 
     def _setup(
-        self, names: dict[Parameter, str], algorithm: Algorithm, link: Link, reduction: Reduction,
-        passes: int, groups: Groups, sparse_as_dense: bool,
+        self,
+        names: dict[Parameter, str],
+        algorithm: Algorithm,
+        link: Link,
+        reduction: Reduction,
+        passes: int,
+        groups: Groups,
+        sparse_as_dense: bool,
     ) -> None:
         amp.watch()
         self._parameter_names = names

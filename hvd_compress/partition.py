@@ -70,7 +70,11 @@ class Partition:
         """States for ``members``, the first of them being number ``first`` of all."""
         limit = algorithm.bucket_limit(ELASTIC_RANKS if is_elastic() else self._context.link.size)
         buckets = build(
-            members, prefix=prefix, split_groups=algorithm.splits_groups, max_bytes=min(algorithm.bucket_bytes, limit),
-            teams=teams, first=first,
+            members,
+            prefix=prefix,
+            split_groups=algorithm.splits_groups,
+            max_bytes=min(algorithm.bucket_bytes, limit),
+            teams=teams,
+            first=first,
         )
         return [algorithm.attach(bucket, self._context) for bucket in buckets]

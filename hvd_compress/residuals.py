@@ -117,7 +117,9 @@ def restore(states: Sequence[State], saved: Mapping[str, Any], own: bool) -> lis
 def _warn_of_losses(saved: Mapping[str, Any], taken: set[tuple[str, str]]) -> None:
     """Warn if something was held back that nothing here could take."""
     lost = sorted(
-        name for kind in HELD_BACK for name, values in saved["buffers"].get(kind, {}).items()
+        name
+        for kind in HELD_BACK
+        for name, values in saved["buffers"].get(kind, {}).items()
         if (kind, name) not in taken and bool(values.any())
     )
     if lost:
@@ -145,7 +147,9 @@ def _with_own_momentum(reducer: Reducer, optimizer: torch.optim.Optimizer) -> li
     """Names of the parameters of which each rank's wrapped optimizer sees gradients, or directions, of its own."""
     entries = (
         Entry(p, reducer.names[p], index)
-        for index, group in enumerate(optimizer.param_groups) for p in group["params"] if p in reducer.names
+        for index, group in enumerate(optimizer.param_groups)
+        for p in group["params"]
+        if p in reducer.names
     )
     chosen = ((entry.name, reducer.algorithm.choose(entry)) for entry in entries)
     return [name for name, algorithm in chosen if algorithm.exchanges_updates or algorithm.local_models]
@@ -202,8 +206,12 @@ class Keeper:
             mine = dict(self._unclaimed)  # loaded, and no step since
         else:
             mine = {
-                "format": FORMAT, "owner": self._owner, "rank": reducer.link.rank, "size": reducer.link.size,
-                "step": reducer.step, "local_steps_done": reducer.local_steps_done,
+                "format": FORMAT,
+                "owner": self._owner,
+                "rank": reducer.link.rank,
+                "size": reducer.link.size,
+                "step": reducer.step,
+                "local_steps_done": reducer.local_steps_done,
                 "own_momentum": self._own_momentum(),
                 **collect(reducer.states, self._outside),
             }

@@ -159,11 +159,13 @@ class RewriteWatch:
         device = points[0].flat.device
         nothing = torch.zeros((), dtype=torch.int64, device=device)
         # All of a parameter, not its samples: the shared model must not differ anywhere.
-        digests = torch.stack([
-            digest(piece).to(device) if looked_at else nothing
-            for point, some, flags in zip(points, numels, changed)
-            for piece, looked_at in zip(pieces(point.flat, some), flags)
-        ])  # fmt: skip
+        digests = torch.stack(
+            [
+                digest(piece).to(device) if looked_at else nothing
+                for point, some, flags in zip(points, numels, changed)
+                for piece, looked_at in zip(pieces(point.flat, some), flags)
+            ]
+        )
         words = torch.stack([(digests >> (BITS * k)) & (2**BITS - 1) for k in range(WORDS)])
         table = torch.stack((words, words.square()))
         self._link.allreduce(table, "rewrites.same", Sum)

@@ -40,9 +40,7 @@ def missing(parameter: Parameter, memory: Mapping[str, Any]) -> Tensor:
     return torch.zeros_like(parameter)
 
 
-def launch(
-    link: Link, parameters: Sequence[Parameter], names: Sequence[str], op: int
-) -> list[Callable[[], Tensor]]:
+def launch(link: Link, parameters: Sequence[Parameter], names: Sequence[str], op: int) -> list[Callable[[], Tensor]]:
     """Start gathering sparse gradients; a missing one counts as empty, a dense one is converted."""
     waits = []
     for parameter, name in zip(parameters, names):

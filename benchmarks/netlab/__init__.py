@@ -4,6 +4,13 @@ from .cluster import Cluster, LinkBytes, NetlabError, why_unavailable
 from .launch import ClusterRun, RankResult, RunFailed, launch, run_on_cluster
 
 __all__ = [
-    "Cluster", "ClusterRun", "LinkBytes", "NetlabError", "RankResult", "RunFailed",
-    "launch", "run_on_cluster", "why_unavailable",
+    "Cluster",
+    "ClusterRun",
+    "LinkBytes",
+    "NetlabError",
+    "RankResult",
+    "RunFailed",
+    "launch",
+    "run_on_cluster",
+    "why_unavailable",
 ]

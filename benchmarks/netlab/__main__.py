@@ -1,11 +1,11 @@
 """Command line of the virtual cluster (needs root and iproute2).
 
-    python -m benchmarks.netlab run --hosts 4 --rate 1000 script.py ...   a cluster for one Horovod run
-    python -m benchmarks.netlab up 4 1000          a cluster that stays: hosts, Mbit/s or "unlimited"
-    python -m benchmarks.netlab rate 100           change its rate
-    python -m benchmarks.netlab stats              bytes that each host sent and received
-    python -m benchmarks.netlab exec 2 hostname    run a command on host 2
-    python -m benchmarks.netlab down
+python -m benchmarks.netlab run --hosts 4 --rate 1000 script.py ...   a cluster for one Horovod run
+python -m benchmarks.netlab up 4 1000          a cluster that stays: hosts, Mbit/s or "unlimited"
+python -m benchmarks.netlab rate 100           change its rate
+python -m benchmarks.netlab stats              bytes that each host sent and received
+python -m benchmarks.netlab exec 2 hostname    run a command on host 2
+python -m benchmarks.netlab down
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.netlab", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.netlab", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--name", default="hvdlab", help="name of the cluster that stays (default %(default)s)")
     actions = parser.add_subparsers(dest="action", required=True)
     run = actions.add_parser("run", help="one Horovod rank per host, on a cluster for this run only")

@@ -93,8 +93,9 @@ class Cluster:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.down()
 
     def address(self, host: int) -> str:
@@ -126,8 +127,21 @@ class Cluster:
             _run("ip", "-n", space, "link", "set", INTERFACE, "up")
             # The route is where a namespace may choose its congestion control; bbr paces itself by timers
             # and misjudges a virtual link. Kernels without cubic keep their own.
-            _run("ip", "-n", space, "route", "replace", f"{_NET}.0/24", "dev", INTERFACE,
-                 "src", self.address(host), "congctl", "cubic", check=False)
+            _run(
+                "ip",
+                "-n",
+                space,
+                "route",
+                "replace",
+                f"{_NET}.0/24",
+                "dev",
+                INTERFACE,
+                "src",
+                self.address(host),
+                "congctl",
+                "cubic",
+                check=False,
+            )
         self.set_rate(self.rate)
 
     def _add_namespace(self, host: int) -> None:
@@ -209,8 +223,15 @@ def _limit(space: str, device: str, rate: float | None) -> None:
         # 10 ms, and never less than 1 MB, so that drops stay rare.
         per_second = rate * 1e6 / 8
         burst = max(int(per_second / 1000), 70_000)
-        qdisc = ["tbf", "rate", f"{int(rate * 1e6)}bit", "burst", str(burst),
-                 "limit", str(burst + max(int(per_second / 100), 1_000_000))]
+        qdisc = [
+            "tbf",
+            "rate",
+            f"{int(rate * 1e6)}bit",
+            "burst",
+            str(burst),
+            "limit",
+            str(burst + max(int(per_second / 100), 1_000_000)),
+        ]
     _run("ip", "netns", "exec", space, "tc", "qdisc", "replace", "dev", device, "root", *qdisc)
 
 

@@ -75,8 +75,10 @@ class _Rank:
     readers: list[threading.Thread] = field(default_factory=list)
 
     def listen(self, echo: bool) -> None:
-        for stream, kept, shown in ((self.process.stdout, self.out, sys.stdout),
-                                    (self.process.stderr, self.err, sys.stderr)):
+        for stream, kept, shown in (
+            (self.process.stdout, self.out, sys.stdout),
+            (self.process.stderr, self.err, sys.stderr),
+        ):
             assert stream is not None
             target = shown if echo else None
             thread = threading.Thread(target=_keep, args=(stream, kept, target, f"[{self.rank}] "), daemon=True)
@@ -91,8 +93,15 @@ def _keep(stream: IO[str], kept: list[str], shown: IO[str] | None, prefix: str) 
             print(prefix + line.rstrip("\n"), file=shown, flush=True)
 
 
-def run_on_cluster(n: int, rate: float | None, argv: Sequence[str], env: Mapping[str, str] | None = None,
-                   timeout: float = 600.0, echo: bool = False, check: bool = True) -> ClusterRun:
+def run_on_cluster(
+    n: int,
+    rate: float | None,
+    argv: Sequence[str],
+    env: Mapping[str, str] | None = None,
+    timeout: float = 600.0,
+    echo: bool = False,
+    check: bool = True,
+) -> ClusterRun:
     """Bring up n hosts with links of `rate` Mbit/s (None: unlimited), run argv as a rank on each, clean up.
 
     argv starts with the script (or "-c", "-m"): the interpreter is this process's own. `env` is added to
@@ -102,8 +111,14 @@ def run_on_cluster(n: int, rate: float | None, argv: Sequence[str], env: Mapping
         return launch(cluster, argv, env, timeout, echo, check)
 
 
-def launch(cluster: Cluster, argv: Sequence[str], env: Mapping[str, str] | None = None,
-           timeout: float = 600.0, echo: bool = False, check: bool = True) -> ClusterRun:
+def launch(
+    cluster: Cluster,
+    argv: Sequence[str],
+    env: Mapping[str, str] | None = None,
+    timeout: float = 600.0,
+    echo: bool = False,
+    check: bool = True,
+) -> ClusterRun:
     """Run argv as one rank on each host of a cluster that is up; see run_on_cluster."""
     started = time.monotonic()
     base = {key: value for key, value in os.environ.items() if not key.startswith(_FOREIGN)}
@@ -129,7 +144,8 @@ def launch(cluster: Cluster, argv: Sequence[str], env: Mapping[str, str] | None 
     traffic = [after - earlier for after, earlier in zip(cluster.counters(), before)]
     results = tuple(
         RankResult(r.rank, r.process.returncode, "".join(r.out), "".join(r.err), link.sent, link.received)
-        for r, link in zip(ranks, traffic))
+        for r, link in zip(ranks, traffic)
+    )
     run = ClusterRun(results, failure, time.monotonic() - started)
     if check and failure:
         raise RunFailed(run)
@@ -144,11 +160,16 @@ def _placement(cluster: Cluster, host: int, port: int) -> dict[str, str]:
     rank, size = str(host - 1), str(cluster.hosts)
     return {
         "HOROVOD_HOSTNAME": cluster.address(host),
-        "HOROVOD_RANK": rank, "HOROVOD_SIZE": size,
-        "HOROVOD_LOCAL_RANK": "0", "HOROVOD_LOCAL_SIZE": "1",
-        "HOROVOD_CROSS_RANK": rank, "HOROVOD_CROSS_SIZE": size,
-        "HOROVOD_CONTROLLER": "gloo", "HOROVOD_CPU_OPERATIONS": "gloo",
-        "HOROVOD_GLOO_RENDEZVOUS_ADDR": cluster.address(0), "HOROVOD_GLOO_RENDEZVOUS_PORT": str(port),
+        "HOROVOD_RANK": rank,
+        "HOROVOD_SIZE": size,
+        "HOROVOD_LOCAL_RANK": "0",
+        "HOROVOD_LOCAL_SIZE": "1",
+        "HOROVOD_CROSS_RANK": rank,
+        "HOROVOD_CROSS_SIZE": size,
+        "HOROVOD_CONTROLLER": "gloo",
+        "HOROVOD_CPU_OPERATIONS": "gloo",
+        "HOROVOD_GLOO_RENDEZVOUS_ADDR": cluster.address(0),
+        "HOROVOD_GLOO_RENDEZVOUS_PORT": str(port),
         "HOROVOD_GLOO_IFACE": INTERFACE,
     }
 
@@ -159,8 +180,15 @@ def _spawn(cluster: Cluster, host: int, argv: list[str], env: Mapping[str, str])
         command = ["setpriv", "--pdeathsig", "KILL", *command]
     # The pipe as standard input tells the rendezvous server when to stop; ranks get none.
     stdin = subprocess.PIPE if host == 0 else subprocess.DEVNULL
-    return subprocess.Popen(command, env=dict(env), stdin=stdin, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE if host else None, text=True, start_new_session=True)
+    return subprocess.Popen(
+        command,
+        env=dict(env),
+        stdin=stdin,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE if host else None,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def _port_of(server: subprocess.Popen[str]) -> int:
@@ -208,6 +236,8 @@ def _end(processes: list[subprocess.Popen[str]]) -> None:
 
 def exit_on_sigterm() -> None:
     """Let SIGTERM unwind the program like Ctrl-C, so that the cluster is taken down."""
+
     def leave(number: int, frame: FrameType | None) -> None:
         sys.exit(128 + number)
+
     signal.signal(signal.SIGTERM, leave)

@@ -18,8 +18,9 @@ _AGENT = Path(__file__).with_name("agent.py")
 _TAIL = 3000
 
 
-def launch_mpi(cluster: Cluster, argv: Sequence[str], env: Mapping[str, str] | None = None,
-               timeout: float = 600.0) -> str:
+def launch_mpi(
+    cluster: Cluster, argv: Sequence[str], env: Mapping[str, str] | None = None, timeout: float = 600.0
+) -> str:
     """Run argv (script first) by mpirun, started on host 1; returns the standard output of all ranks.
 
     Raises NetlabError if there is no mpirun, a rank fails or the time is up.
@@ -31,8 +32,12 @@ def launch_mpi(cluster: Cluster, argv: Sequence[str], env: Mapping[str, str] | N
     network = f"{cluster.address(0).rsplit('.', 1)[0]}.0/24"
     addresses = ",".join(f"{cluster.address(host)}:1" for host in range(1, cluster.hosts + 1))
     settings = {
-        "plm_rsh_agent": f"{sys.executable} {_AGENT}", "plm_rsh_no_tree_spawn": "1",
-        "pml": "ob1", "btl": "tcp,self", "btl_tcp_if_include": network, "oob_tcp_if_include": network,
+        "plm_rsh_agent": f"{sys.executable} {_AGENT}",
+        "plm_rsh_no_tree_spawn": "1",
+        "pml": "ob1",
+        "btl": "tcp,self",
+        "btl_tcp_if_include": network,
+        "oob_tcp_if_include": network,
         "mpi_yield_when_idle": "1",
     }
     exported = {"NETLAB_CLUSTER": cluster.name, "OMP_NUM_THREADS": "1", **(env or {})}
@@ -40,8 +45,14 @@ def launch_mpi(cluster: Cluster, argv: Sequence[str], env: Mapping[str, str] | N
     line += [word for pair in settings.items() for word in ("--mca", *pair)]
     line += [word for name in exported for word in ("-x", name)]
     try:
-        done = subprocess.run(cluster.command(1, [*line, sys.executable, *argv]), env={**os.environ, **exported},
-                              text=True, capture_output=True, timeout=timeout, check=False)
+        done = subprocess.run(
+            cluster.command(1, [*line, sys.executable, *argv]),
+            env={**os.environ, **exported},
+            text=True,
+            capture_output=True,
+            timeout=timeout,
+            check=False,
+        )
     except subprocess.TimeoutExpired as late:
         raise NetlabError(f"no end within {timeout:g} s: {' '.join(argv)}\n{str(late.stderr)[-_TAIL:]}") from late
     if done.returncode:

@@ -1,6 +1,6 @@
 """Horovod's Gloo rendezvous server: prints its port, serves until its standard input closes.
 
-    python rendezvous.py ADDRESS...        one rank per address, in rank order
+python rendezvous.py ADDRESS...        one rank per address, in rank order
 """
 
 from __future__ import annotations

@@ -124,8 +124,10 @@ class _DEFState(HeldUpdates):
 
     def scalars(self) -> dict[str, Any]:
         return {
-            **super().scalars(), "coefficient": self.coefficient,
-            "mean_square": float(self._mean_square), "square_mean": float(self._square_mean),
+            **super().scalars(),
+            "coefficient": self.coefficient,
+            "mean_square": float(self._mean_square),
+            "square_mean": float(self._square_mean),
         }
 
     def load_scalars(self, saved: Mapping[str, Any]) -> None:

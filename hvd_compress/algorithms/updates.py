@@ -87,4 +87,3 @@ class HeldUpdates(UpdateState):
         """What the wrapped optimizer has subtracted joins what is held back; the parameters go back to x."""
         self.folder.fold(self.placed, 0.0, self.decay(lr))
         self.placed = 0.0
-

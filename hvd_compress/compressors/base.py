@@ -252,9 +252,7 @@ class Compressor(abc.ABC):
     def codec(self, layout: Layout, dtype: torch.dtype, device: torch.device) -> AnyCodec:
         """Bind to a bucket whose flat vector has ``dtype`` (float32 or float64) and lives on ``device``."""
 
-    def sharded(
-        self, layout: Layout, borders: Sequence[int], dtype: torch.dtype, device: torch.device
-    ) -> ShardedCodec:
+    def sharded(self, layout: Layout, borders: Sequence[int], dtype: torch.dtype, device: torch.device) -> ShardedCodec:
         """As ``codec``, with a message of its own for each shard between ``borders`` (multiples of 8, or the end)."""
         codecs = [self.codec(layout.cut(a, b), dtype, device) for a, b in zip(borders, borders[1:])]
         if not all(isinstance(codec, Codec) for codec in codecs):

@@ -106,9 +106,7 @@ class LowRankCodec(JointCodec):
         self._by_q = sorted(self._by_p, key=lambda x: (x.m, x.r, x.place))
         self._p_runs, self._q_runs = _runs([(x.n, x.r) for x in self._by_p]), _runs([(x.m, x.r) for x in self._by_q])
         self._p_total = sum(x.n * x.r for x in self._by_p)
-        self.numels = (
-            self._p_total + sum(layout.numels[i] for i in self._whole), sum(x.m * x.r for x in self._by_q)
-        )  # fmt: skip
+        self.numels = (self._p_total + sum(layout.numels[i] for i in self._whole), sum(x.m * x.r for x in self._by_q))
 
         # The first round as received, its factors orthonormalised; the second, with which the next step starts.
         self._first = torch.zeros(self.numels[0], dtype=dtype, device=device)

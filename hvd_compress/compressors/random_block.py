@@ -57,8 +57,8 @@ class RandomBlock(Compressor):
         """The block's values, in the order of the selection (so a wrapped block starts at ``start``)."""
         flat = tensor.reshape(-1)
         start, length = self.selection(name, flat.numel(), step)
-        head = flat[start:start + length]
-        values = torch.cat((head, flat[:length - head.numel()]))
+        head = flat[start : start + length]
+        values = torch.cat((head, flat[: length - head.numel()]))
         context: dict[str, Any] = {"start": start, "length": length}
         return Payload(values, tensor.shape, tensor.dtype, context)
 
@@ -67,8 +67,8 @@ class RandomBlock(Compressor):
         out = payload.values.new_zeros(payload.shape.numel(), dtype=payload.dtype)
         start, length = payload.context["start"], payload.context["length"]
         head = min(length, out.numel() - start)
-        out[start:start + head] = payload.values[:head]
-        out[:length - head] = payload.values[head:]
+        out[start : start + head] = payload.values[:head]
+        out[: length - head] = payload.values[head:]
         return out.view(payload.shape)
 
     def codec(self, layout: Layout, dtype: torch.dtype, device: torch.device) -> SummableCodec:

@@ -78,9 +78,7 @@ class BlockSign(Compressor):
     def codec(self, layout: Layout, dtype: torch.dtype, device: torch.device) -> Codec:
         return _SignCodec(self._blocks(layout.numels, dtype, device))
 
-    def sharded(
-        self, layout: Layout, borders: Sequence[int], dtype: torch.dtype, device: torch.device
-    ) -> ShardedCodec:
+    def sharded(self, layout: Layout, borders: Sequence[int], dtype: torch.dtype, device: torch.device) -> ShardedCodec:
         """Shards whose scales are those of whole blocks, also of blocks that a border cuts."""
         return _ShardedSigns(self._blocks(layout.numels, dtype, device), borders, device)
 

@@ -11,8 +11,17 @@ from hvd_compress.exchange.summed import SummedExchange
 from hvd_compress.exchange.two_way import TwoWayExchange
 
 __all__ = [
-    "Context", "Exchange", "GatheredExchange", "JointExchange", "Reduction", "Ring", "StagedExchange", "SummedExchange",
-    "TwoWayExchange", "exchange_for", "require_countable",
+    "Context",
+    "Exchange",
+    "GatheredExchange",
+    "JointExchange",
+    "Reduction",
+    "Ring",
+    "StagedExchange",
+    "SummedExchange",
+    "TwoWayExchange",
+    "exchange_for",
+    "require_countable",
 ]
 
 

@@ -40,9 +40,7 @@ def applies(*tensors: Tensor) -> bool:
 
 def plain(tensor: Tensor, dtype: torch.dtype = torch.float32) -> bool:
     """Whether ``tensor`` is a contiguous vector of ``dtype`` in real memory of this host."""
-    return (
-        type(tensor) is Tensor and tensor.dtype == dtype and tensor.device.type == "cpu" and tensor.is_contiguous()
-    )
+    return type(tensor) is Tensor and tensor.dtype == dtype and tensor.device.type == "cpu" and tensor.is_contiguous()
 
 
 def fold(x: Tensor, e: Tensor, z: Tensor, placed: float, coefficient: float, decay: float) -> None:
@@ -85,7 +83,9 @@ def _in_slices(kernel: Callable[..., None], vectors: tuple[Tensor, ...], numbers
     if any(v.numel() != n for v in vectors):
         raise ValueError(f"vectors of different lengths: {[v.numel() for v in vectors]}")
     addresses = [v.data_ptr() for v in vectors]
-    run([
-        partial(kernel, *(address + a * _FLOAT for address in addresses), b - a, *numbers)
-        for a, b in bounds(n, threads(n, n))
-    ])  # fmt: skip
+    run(
+        [
+            partial(kernel, *(address + a * _FLOAT for address in addresses), b - a, *numbers)
+            for a, b in bounds(n, threads(n, n))
+        ]
+    )

@@ -32,10 +32,14 @@ def pack(flat: Tensor, bits: Tensor, ends: _I64) -> npt.NDArray[np.float64]:
     """
     borders = _borders(flat, bits, ends)
     parts = np.zeros((len(borders), len(ends)))
-    native.run([
-        partial(_signs.pack, flat.data_ptr(), bits.data_ptr(), ends.ctypes.data, row.ctypes.data, len(ends), *border)
-        for row, border in zip(parts, borders)
-    ])  # fmt: skip
+    native.run(
+        [
+            partial(
+                _signs.pack, flat.data_ptr(), bits.data_ptr(), ends.ctypes.data, row.ctypes.data, len(ends), *border
+            )
+            for row, border in zip(parts, borders)
+        ]
+    )
     sums: npt.NDArray[np.float64] = parts.sum(axis=0)
     return sums
 
@@ -50,10 +54,14 @@ def add(bits: Tensor, flat: Tensor, ends: _I64, factors: npt.NDArray[np.float32]
     borders = _borders(flat, bits, ends)
     if len(factors) != len(ends) or not factors.flags.c_contiguous or factors.dtype != np.float32:
         raise ValueError(f"{len(ends)} float32 factors wanted, not {factors.dtype} {factors.shape}")
-    native.run([
-        partial(_signs.add, bits.data_ptr(), flat.data_ptr(), ends.ctypes.data, factors.ctypes.data, len(ends), *border)
-        for border in borders
-    ])  # fmt: skip
+    native.run(
+        [
+            partial(
+                _signs.add, bits.data_ptr(), flat.data_ptr(), ends.ctypes.data, factors.ctypes.data, len(ends), *border
+            )
+            for border in borders
+        ]
+    )
 
 
 def _borders(flat: Tensor, bits: Tensor, ends: _I64) -> list[tuple[int, int]]:

@@ -27,21 +27,40 @@ def sketch(flat: Tensor, table: Tensor, offsets: Tensor, signs: Tensor) -> None:
     rows, columns = table.shape
     n, blocks = flat.numel(), offsets.shape[1]
     # Whole rows to a thread: the order of the additions, and so the bits, do not depend on their number.
-    native.run([
-        partial(_sketch.sketch, flat.data_ptr(), table.data_ptr() + a * columns * _FLOAT,
-                offsets.data_ptr() + a * blocks * _INDEX, signs.data_ptr() + a * blocks * _FLOAT, n, columns, b - a)
-        for a, b in native.bounds(rows, native.threads(n, rows))
-    ])  # fmt: skip
+    native.run(
+        [
+            partial(
+                _sketch.sketch,
+                flat.data_ptr(),
+                table.data_ptr() + a * columns * _FLOAT,
+                offsets.data_ptr() + a * blocks * _INDEX,
+                signs.data_ptr() + a * blocks * _FLOAT,
+                n,
+                columns,
+                b - a,
+            )
+            for a, b in native.bounds(rows, native.threads(n, rows))
+        ]
+    )
 
 
 def estimate(table: Tensor, offsets: Tensor, signs: Tensor, out: Tensor, alpha: Optional[float] = None) -> None:
     """``out = estimates``, or with ``alpha``: ``out += alpha * estimates``."""
     n, blocks = out.numel(), offsets.shape[1]
-    native.run([
-        partial(_sketch.estimate, *_addresses(table, offsets, signs, n), out.data_ptr(), a, b, alpha is not None,
-                alpha or 0.0)
-        for a, b in native.bounds(blocks, native.threads(n, blocks))
-    ])  # fmt: skip
+    native.run(
+        [
+            partial(
+                _sketch.estimate,
+                *_addresses(table, offsets, signs, n),
+                out.data_ptr(),
+                a,
+                b,
+                alpha is not None,
+                alpha or 0.0,
+            )
+            for a, b in native.bounds(blocks, native.threads(n, blocks))
+        ]
+    )
 
 
 def room(n: int, count: int) -> int:

@@ -23,10 +23,20 @@ HOW = (
 )
 # All that build an optimizer.
 TESTS = (
-    "test_broadcast_state", "test_broadcast_state_no_grad", "test_broadcast_state_options", "test_delta_optimizer",
-    "test_duplicate_names", "test_dynamic_requires_grad", "test_force_allreduce", "test_gradient_clipping",
-    "test_missing_named_parameters", "test_model_parallelism", "test_no_named_parameters",
-    "test_optimizer_no_named_parameters", "test_optimizer_process_sets", "test_sparse_embeddings",
+    "test_broadcast_state",
+    "test_broadcast_state_no_grad",
+    "test_broadcast_state_options",
+    "test_delta_optimizer",
+    "test_duplicate_names",
+    "test_dynamic_requires_grad",
+    "test_force_allreduce",
+    "test_gradient_clipping",
+    "test_missing_named_parameters",
+    "test_model_parallelism",
+    "test_no_named_parameters",
+    "test_optimizer_no_named_parameters",
+    "test_optimizer_process_sets",
+    "test_sparse_embeddings",
     "test_synchronize_step_warning",
 )
 

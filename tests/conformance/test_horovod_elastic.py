@@ -17,9 +17,14 @@ from tests.multirank.harness import supervise
 pytestmark = pytest.mark.full
 
 TESTS = (
-    "test_all_hosts_blacklisted", "test_all_ranks_failure", "test_fault_tolerance_without_scaling",
-    "test_hosts_added_and_removed", "test_min_hosts_timeout", "test_reset_limit",
-    "test_resurrecting_blacklisted_hosts_exponential_backoff", "test_single_rank_failure",
+    "test_all_hosts_blacklisted",
+    "test_all_ranks_failure",
+    "test_fault_tolerance_without_scaling",
+    "test_hosts_added_and_removed",
+    "test_min_hosts_timeout",
+    "test_reset_limit",
+    "test_resurrecting_blacklisted_hosts_exponential_backoff",
+    "test_single_rank_failure",
 )
 TIMEOUT = 300.0
 
@@ -29,7 +34,10 @@ def failure(algorithm: Optional[str], test: str) -> Optional[str]:
     """What a failing test printed, or None; ``None`` as the algorithm is Horovod's own class."""
     binaries = Path(sys.executable).parent
     env = {
-        **os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{binaries}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1",
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "PATH": f"{binaries}:{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
         **({} if algorithm is None else {"HVD_COMPRESS_ALGORITHM": algorithm}),
     }
     cases = Path(__file__).with_name("elastic_cases.py")

@@ -14,8 +14,12 @@ from hvd_compress import DEF, EF, CountSketch, Dense, DistEF, GlobalSketch, Glob
 
 WAY, PLACE, NAME = sys.argv[1:4]
 COMPRESSION = {
-    "dense": Dense(), "ef": EF(RandomBlock(density=0.25)), "def": DEF(RandomBlock(density=0.25)),
-    "allgather": EF(TopK(0.25)), "alltoall": DistEF(), "merges": GlobalTopK(0.1),
+    "dense": Dense(),
+    "ef": EF(RandomBlock(density=0.25)),
+    "def": DEF(RandomBlock(density=0.25)),
+    "allgather": EF(TopK(0.25)),
+    "alltoall": DistEF(),
+    "merges": GlobalTopK(0.1),
     "tree": GlobalSketch(CountSketch(columns=8, rows=3), "tree"),
 }[NAME]
 

@@ -17,15 +17,18 @@ CASES = [
     ("exit", "backward", "dense", 2, "mpi"),
     ("raise", "exchange", "alltoall", 2, "gloo"),
     ("exit", "exchange", "tree", 3, "mpi"),
-    *(pytest.param(*case, marks=pytest.mark.full) for case in (
-        ("exit", "exchange", "alltoall", 3, "gloo"),
-        ("raise", "exchange", "alltoall", 2, "mpi"),
-        ("raise", "exchange", "allgather", 2, "gloo"),
-        ("exit", "exchange", "allgather", 3, "mpi"),
-        ("raise", "exchange", "tree", 2, "mpi"),
-        ("exit", "exchange", "merges", 2, "mpi"),
-        ("raise", "exchange", "merges", 3, "mpi"),
-    )),
+    *(
+        pytest.param(*case, marks=pytest.mark.full)
+        for case in (
+            ("exit", "exchange", "alltoall", 3, "gloo"),
+            ("raise", "exchange", "alltoall", 2, "mpi"),
+            ("raise", "exchange", "allgather", 2, "gloo"),
+            ("exit", "exchange", "allgather", 3, "mpi"),
+            ("raise", "exchange", "tree", 2, "mpi"),
+            ("exit", "exchange", "merges", 2, "mpi"),
+            ("raise", "exchange", "merges", 3, "mpi"),
+        )
+    ),
 ]
 
 

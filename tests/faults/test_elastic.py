@@ -14,10 +14,17 @@ CASES = [
     ("def", "momentum", 1, 2),
     ("ef", "momentum", 1, 2),
     ("dist-ef", "momentum", 2, 1),
-    *(pytest.param(*case, marks=pytest.mark.full) for case in (
-        ("def", "none", 1, 2), ("dist-ef", "none", 1, 2), ("liec", "none", 1, 2),
-        ("def", "momentum", 2, 1), ("ef", "none", 2, 1), ("liec", "none", 2, 1),
-    )),
+    *(
+        pytest.param(*case, marks=pytest.mark.full)
+        for case in (
+            ("def", "none", 1, 2),
+            ("dist-ef", "none", 1, 2),
+            ("liec", "none", 1, 2),
+            ("def", "momentum", 2, 1),
+            ("ef", "none", 2, 1),
+            ("liec", "none", 2, 1),
+        )
+    ),
 ]
 
 
@@ -32,12 +39,30 @@ def test_the_number_of_ranks_changes(name: str, momentum: str, before: int, afte
     script = Path(__file__).parent / "elastic.py"
     # Horovod waits for a second host to find common interfaces, unless they are named.
     command = [
-        str(binaries / "horovodrun"), "--gloo", "-np", str(before), "--min-np", "1", "--max-np", "2",
-        "--network-interfaces", "lo", "--host-discovery-script", str(discovery),
-        sys.executable, str(script), str(hosts), name, momentum, f"{before}-{after}",
+        str(binaries / "horovodrun"),
+        "--gloo",
+        "-np",
+        str(before),
+        "--min-np",
+        "1",
+        "--max-np",
+        "2",
+        "--network-interfaces",
+        "lo",
+        "--host-discovery-script",
+        str(discovery),
+        sys.executable,
+        str(script),
+        str(hosts),
+        name,
+        momentum,
+        f"{before}-{after}",
     ]
     settings = {
-        **os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1",
+        **os.environ,
+        "PYTHONPATH": str(HERE),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONUNBUFFERED": "1",
         "PATH": f"{binaries}:{os.environ['PATH']}",
     }
     returncode, output = supervise(command, settings, timeout=300)

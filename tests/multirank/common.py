@@ -43,7 +43,11 @@ def wrap(model: nn.Module, optimizer: torch.optim.Optimizer, compression: Any, *
 
 
 def train(
-    model: nn.Module, optimizer: Any, steps: int, schedule: Callable[[int], float], first: int = 0,
+    model: nn.Module,
+    optimizer: Any,
+    steps: int,
+    schedule: Callable[[int], float],
+    first: int = 0,
     after_step: Callable[[int], None] = lambda t: None,
 ) -> None:
     """Train on this rank's data with a learning rate per step."""
@@ -127,7 +131,7 @@ def joined(tensors: reference.Tensors) -> np.ndarray[Any, Any]:
 
 
 def saved(optimizer: Any, kind: str) -> Tensor:
-    """"residual" or "shared" of this rank from ``state_dict()``, as one vector in the model's order."""
+    """ "residual" or "shared" of this rank from ``state_dict()``, as one vector in the model's order."""
     buffers = optimizer.state_dict()["hvd_compress"]["buffers"][kind]
     return torch.cat([buffers[name].detach().reshape(-1) for name in reference.SHAPES]).clone()
 

@@ -29,14 +29,21 @@ def heavy_ball() -> reference.SGD:
 
 
 def compare(
-    algorithm: Any, expected: plain.FlatRun, make: Callable[[], reference.SGD], tolerance: float = 1e-5,
-    rates: Callable[[int], float] = schedule, dtype: torch.dtype = torch.float64,
+    algorithm: Any,
+    expected: plain.FlatRun,
+    make: Callable[[], reference.SGD],
+    tolerance: float = 1e-5,
+    rates: Callable[[int], float] = schedule,
+    dtype: torch.dtype = torch.float64,
 ) -> Any:
     """Train as the reference has been trained and compare x and z after every step; returns the optimizer."""
     config, steps = make(), len(expected.trail)
     model = network(dtype)
     plain_sgd = torch.optim.SGD(
-        model.parameters(), lr=0.02, momentum=config.momentum, weight_decay=config.weight_decay,
+        model.parameters(),
+        lr=0.02,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
         nesterov=config.nesterov,
     )
     optimizer = wrap(model, plain_sgd, algorithm)
@@ -90,10 +97,12 @@ def keep_mass(
         if algorithm.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(twin.parameters(), early * algorithm.clip_norm / hvd.size() ** 0.5)
         kept = [optimizer.state[p].get("momentum_buffer") for p in model.parameters()]
-        direction = torch.cat([
-            (g + wd * early / factor * p.detach() + (0.0 if m is None else mu * m)).reshape(-1)
-            for g, p, m in zip(gradients, twin.parameters(), kept)
-        ])
+        direction = torch.cat(
+            [
+                (g + wd * early / factor * p.detach() + (0.0 if m is None else mu * m)).reshape(-1)
+                for g, p, m in zip(gradients, twin.parameters(), kept)
+            ]
+        )
         optimizer.zero_grad()
         loss_of(model, hvd.rank(), t).backward()
         optimizer.step()

@@ -42,12 +42,23 @@ if hvd.mpi_enabled():  # only what needs it: all else is checked without it
     LOSSY = (GlobalTopK(0.25), GlobalSketch(CountSketch(columns=8, rows=3), "tree"))
 elif FULL:
     EXACT += (
-        LIEC(Identity(), averaging_period=3), GlobalSketch(WHOLE_SKETCH, masking=False), EF(TopK(1.0)), DEF(TopK(1.0)),
-        DEF(RandomK(1.0)), Policy(DEF(Identity()), dense_dims=1),
+        LIEC(Identity(), averaging_period=3),
+        GlobalSketch(WHOLE_SKETCH, masking=False),
+        EF(TopK(1.0)),
+        DEF(TopK(1.0)),
+        DEF(RandomK(1.0)),
+        Policy(DEF(Identity()), dense_dims=1),
     )
     LOSSY += (
-        EF(TopK(0.25)), EF(BlockSign()), EF(LowRank(1)), DEF(BlockSign(block_size=8), 1.0), DEF(RandomK(0.25)),
-        DEF(TopK(0.1), 0.0, masking=True, clip_norm=100.0), DistEF(TopK(0.25), BlockSign()), LIEC(BLOCK, 4),
-        GlobalSketch(CountSketch(columns=8, rows=3)), EF(Warmup(TopK(0.1), (1.0, 0.5), 3)),
+        EF(TopK(0.25)),
+        EF(BlockSign()),
+        EF(LowRank(1)),
+        DEF(BlockSign(block_size=8), 1.0),
+        DEF(RandomK(0.25)),
+        DEF(TopK(0.1), 0.0, masking=True, clip_norm=100.0),
+        DistEF(TopK(0.25), BlockSign()),
+        LIEC(BLOCK, 4),
+        GlobalSketch(CountSketch(columns=8, rows=3)),
+        EF(Warmup(TopK(0.1), (1.0, 0.5), 3)),
         Policy(EF(BLOCK), patterns={"*bias": Dense(), "2.*": EF(TopK(0.25))}),
     )

@@ -77,9 +77,14 @@ def launch(
     """Run ``argv`` as a job; after ``timeout`` seconds the whole job is killed and ``returncode`` is None."""
     with tempfile.TemporaryDirectory(prefix="hvd_compress-") as directory:
         settings = {
-            **os.environ, "OMP_NUM_THREADS": "1", "HVD_COMPRESS_NOTES": directory, "PYTHONPATH": f"{HERE}:{ROOT}",
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONUNBUFFERED": "1",
-            "HOROVOD_DYNAMIC_PROCESS_SETS": "1", **(env or {}),
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "HVD_COMPRESS_NOTES": directory,
+            "PYTHONPATH": f"{HERE}:{ROOT}",
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PYTHONUNBUFFERED": "1",
+            "HOROVOD_DYNAMIC_PROCESS_SETS": "1",
+            **(env or {}),
         }
         returncode, output = supervise(command(launcher, ranks, directory, argv), settings, timeout)
         for path in sorted(Path(directory).glob("rank.*/std*")):
@@ -109,7 +114,8 @@ def collect() -> list[tuple[Path, int, str, str, bool]]:
         constants = {
             node.targets[0].id: ast.literal_eval(node.value)
             for node in tree.body
-            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+            if isinstance(node, ast.Assign)
+            and isinstance(node.targets[0], ast.Name)
             and node.targets[0].id in ("RANKS", "FULL_RANKS", "MPI_RANKS")
         }
         checks = [n.name for n in tree.body if isinstance(n, ast.FunctionDef) and n.name.startswith("check_")]

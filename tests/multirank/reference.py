@@ -83,8 +83,13 @@ class Run:
 
 
 def detached(
-    ranks: int, steps: int, coefficient: float, select: Selection, schedule: Callable[[int], float],
-    make: Callable[[], SGD], local_steps: int = 1,
+    ranks: int,
+    steps: int,
+    coefficient: float,
+    select: Selection,
+    schedule: Callable[[int], float],
+    make: Callable[[], SGD],
+    local_steps: int = 1,
 ) -> Run:
     """Section 2 of the algorithm notes: DEF with any momentum, one optimizer per rank."""
     x = initial()
@@ -109,7 +114,11 @@ def detached(
 
 
 def error_feedback(
-    ranks: int, steps: int, select: Selection, schedule: Callable[[int], float], make: Callable[[], SGD],
+    ranks: int,
+    steps: int,
+    select: Selection,
+    schedule: Callable[[int], float],
+    make: Callable[[], SGD],
     rescale: bool = True,
 ) -> Run:
     """EF on gradients: one optimizer, after aggregation; residuals rescaled by eta_{t-1} / eta_t."""

@@ -70,9 +70,7 @@ def signs(spans: Sequence[tuple[int, int]]) -> Map:
 
 
 def sign_blocks(block_size: Optional[int], cuts: Sequence[int] = WHOLE) -> list[tuple[int, int]]:
-    return [
-        (i, min(b, i + (block_size or b - a))) for _, a, b in parts(cuts) for i in range(a, b, block_size or b - a)
-    ]
+    return [(i, min(b, i + (block_size or b - a))) for _, a, b in parts(cuts) for i in range(a, b, block_size or b - a)]
 
 
 def top(density: float, cuts: Sequence[int] = WHOLE) -> Map:
@@ -158,8 +156,15 @@ def _mask(optimizer: SGD, chosen: Any) -> None:
 
 
 def detached(
-    ranks: int, steps: int, coefficient: Optional[float], compress: Joint, schedule: Callable[[int], float],
-    make: Callable[[], SGD], rescale: bool = True, masking: bool = False, clip: Optional[float] = None,
+    ranks: int,
+    steps: int,
+    coefficient: Optional[float],
+    compress: Joint,
+    schedule: Callable[[int], float],
+    make: Callable[[], SGD],
+    rescale: bool = True,
+    masking: bool = False,
+    clip: Optional[float] = None,
 ) -> FlatRun:
     """DEF; without a coefficient it is measured on what is exchanged, beginning with 0.3."""
     measured, now = np.zeros(2), 0.3 if coefficient is None else coefficient
@@ -184,7 +189,11 @@ def detached(
 
 
 def error_feedback(
-    ranks: int, steps: int, compress: Joint, schedule: Callable[[int], float], make: Callable[[], SGD],
+    ranks: int,
+    steps: int,
+    compress: Joint,
+    schedule: Callable[[int], float],
+    make: Callable[[], SGD],
     rescale: bool = True,
 ) -> FlatRun:
     """EF on gradients."""
@@ -201,8 +210,14 @@ def error_feedback(
 
 
 def dist_ef(
-    ranks: int, steps: int, up: Map, down: Map, schedule: Callable[[int], float], make: Callable[[], SGD],
-    rescale: bool = True, coefficients: Union[float, Array] = 0.0,
+    ranks: int,
+    steps: int,
+    up: Map,
+    down: Map,
+    schedule: Callable[[int], float],
+    make: Callable[[], SGD],
+    rescale: bool = True,
+    coefficients: Union[float, Array] = 0.0,
 ) -> FlatRun:
     """dist-EF-blockSGDM in update units: errors of workers and server, weight decay inside the update.
 
@@ -226,8 +241,14 @@ def dist_ef(
 
 
 def liec(
-    ranks: int, steps: int, period: int, up: Map, down: Map, schedule: Callable[[int], float],
-    make: Callable[[], SGD], rescale: bool = True,
+    ranks: int,
+    steps: int,
+    period: int,
+    up: Map,
+    down: Map,
+    schedule: Callable[[int], float],
+    make: Callable[[], SGD],
+    rescale: bool = True,
 ) -> FlatRun:
     """LIEC-SGD: the local error is applied at once, only the server's persists."""
     z, s = [to_flat(reference.initial()) for _ in range(ranks)], np.zeros(TOTAL)
@@ -252,8 +273,15 @@ def liec(
 
 
 def global_sketch(
-    ranks: int, steps: int, k: int, candidates: int, sketch: Callable[[int], tuple[Array, int]],
-    schedule: Callable[[int], float], make: Callable[[], SGD], masking: bool, rescale: bool = True,
+    ranks: int,
+    steps: int,
+    k: int,
+    candidates: int,
+    sketch: Callable[[int], tuple[Array, int]],
+    schedule: Callable[[int], float],
+    make: Callable[[], SGD],
+    masking: bool,
+    rescale: bool = True,
 ) -> FlatRun:
     """gs-SGD; ``sketch(step)`` gives the matrix that maps a vector to its table, and the table's rows.
 
@@ -288,7 +316,11 @@ def global_sketch(
 
 
 def global_topk(
-    ranks: int, steps: int, density: float, schedule: Callable[[int], float], make: Callable[[], SGD],
+    ranks: int,
+    steps: int,
+    density: float,
+    schedule: Callable[[int], float],
+    make: Callable[[], SGD],
     rescale: bool = True,
 ) -> FlatRun:
     """gTop-k; what a merge drops stays with the rank that merged."""

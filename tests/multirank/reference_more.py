@@ -47,7 +47,8 @@ def power_sgd(rank: int) -> plain.Joint:
     """PowerSGD of the ranks' mean, each step starting with the last Q; vectors travel whole."""
     last = {
         name: hashing.nearly_normal(tensor_key(0, name), (shape[1], rank), torch.device("cpu")).double().numpy()
-        for name, shape in reference.SHAPES.items() if len(shape) > 1
+        for name, shape in reference.SHAPES.items()
+        if len(shape) > 1
     }
 
     def compress(vectors: Sequence[Array], step: int) -> list[Array]:
@@ -61,9 +62,7 @@ def power_sgd(rank: int) -> plain.Joint:
     return compress
 
 
-def matrix_of(
-    sketch: CountSketch, names: tuple[str, ...] = plain.ORDER
-) -> Callable[[int], tuple[Array, int]]:
+def matrix_of(sketch: CountSketch, names: tuple[str, ...] = plain.ORDER) -> Callable[[int], tuple[Array, int]]:
     """The sketch of these tensors as a matrix, column by column from unit vectors; zero columns for others."""
     layout = Layout(names, tuple(plain.SIZES[name] for name in names))
     codec = sketch.codec(layout, torch.float64, torch.device("cpu"))

@@ -10,7 +10,11 @@ from tests.multirank import harness
 
 CASES = [
     pytest.param(
-        path, ranks, launcher, check, full,
+        path,
+        ranks,
+        launcher,
+        check,
+        full,
         id=f"{path.stem}-{check.removeprefix('check_')}-{launcher}{ranks}",
         marks=[pytest.mark.full] if full else [],
     )

@@ -39,14 +39,23 @@ __all__ = ["uploading"]  # the fixture
 GATHERED = [TopK(density=0.1), TopK(density=0.1, sampled=True), BlockSign(), BlockSign(block_size=16)]
 OTHERS = [RandomK(density=0.2), LowRank(rank=2), Warmup(TopK(0.1), densities=(1.0, 0.5), steps=1)]
 GRADIENT_ALGORITHMS: list[Algorithm] = [
-    *(EF(c) for c in (*GATHERED, *OTHERS)), LIEC(averaging_period=3), LIEC(TopK(0.2), 2), LIEC(Identity(), 2),
+    *(EF(c) for c in (*GATHERED, *OTHERS)),
+    LIEC(averaging_period=3),
+    LIEC(TopK(0.2), 2),
+    LIEC(Identity(), 2),
     LIEC(RandomBlock(0.25), 2, rescale_residual=False),
-]  # fmt: skip
+]
 UPDATE_ALGORITHMS: list[Algorithm] = [
-    *(DEF(c) for c in (*GATHERED, *OTHERS)), DEF(TopK(0.1), 0.0, masking=True), DEF(RandomBlock(0.2), masking=True),
-    DEF(RandomK(0.2), masking=True), DistEF(), DistEF(TopK(0.1), BlockSign()), DistEF(rescale_residual=False),
-    GlobalSketch(CountSketch(columns=9, rows=3)), GlobalSketch(CountSketch(density=1.0), "allgather", masking=False),
-]  # fmt: skip
+    *(DEF(c) for c in (*GATHERED, *OTHERS)),
+    DEF(TopK(0.1), 0.0, masking=True),
+    DEF(RandomBlock(0.2), masking=True),
+    DEF(RandomK(0.2), masking=True),
+    DistEF(),
+    DistEF(TopK(0.1), BlockSign()),
+    DistEF(rescale_residual=False),
+    GlobalSketch(CountSketch(columns=9, rows=3)),
+    GlobalSketch(CountSketch(density=1.0), "allgather", masking=False),
+]
 CASES = [(torch.float32, Reduction()), (torch.bfloat16, Reduction(Sum)), (torch.float64, Reduction(Average, 2.0))]
 cases = pytest.mark.parametrize(("dtype", "reduction"), CASES, ids=str)
 
@@ -78,7 +87,8 @@ def attach(
         b.parameters[i]: {"momentum_buffer": torch.empty_like(b.parameters[i])} for i in momenta
     }
     state: Any = algorithm.attach(
-        b, Context(link, reduction, Recorder(), lambda p: kept.setdefault(p, {})),  # type: ignore[arg-type]
+        b,
+        Context(link, reduction, Recorder(), lambda p: kept.setdefault(p, {})),  # type: ignore[arg-type]
     )
     exchange = getattr(state, "_exchange", None)
     if isinstance(exchange, TwoWayExchange):

@@ -34,11 +34,17 @@ def models(draw: Any) -> tuple[list[Entry], list[frozenset[int]]]:
     kinds = draw(
         st.lists(
             # Most of one kind, so that buckets fill.
-            st.tuples(st.integers(0, 9), st.sampled_from(DTYPES), st.sampled_from(DEVICES), st.sampled_from([0, 0, 1]),
-                      st.sampled_from([-1, -1, -1, 0, 1])),
-            min_size=1, max_size=25,
+            st.tuples(
+                st.integers(0, 9),
+                st.sampled_from(DTYPES),
+                st.sampled_from(DEVICES),
+                st.sampled_from([0, 0, 1]),
+                st.sampled_from([-1, -1, -1, 0, 1]),
+            ),
+            min_size=1,
+            max_size=25,
         )
-    )  # fmt: skip
+    )
     entries = [entry(f"p{i}", n, dtype, device, group) for i, (n, dtype, device, group, _) in enumerate(kinds)]
     members = [[id(e.parameter) for e, kind in zip(entries, kinds) if kind[4] == team] for team in range(2)]
     return entries, [frozenset(ids) for ids in members if ids]
@@ -69,9 +75,10 @@ def test_every_rule_of_cutting(
         assert len(kinds) == 1, "one dtype, device, team and (if asked for) parameter group"
         assert (bucket.dtype, bucket.device) == (bucket.parameters[0].dtype, bucket.parameters[0].device)
         assert bucket.layout == (
-            tuple(e.name for e in bucket.entries), tuple(e.parameter.numel() for e in bucket.entries),
+            tuple(e.name for e in bucket.entries),
+            tuple(e.parameter.numel() for e in bucket.entries),
             tuple(tuple(e.parameter.shape) for e in bucket.entries),
-        )  # fmt: skip
+        )
         groups = {e.group for e in bucket.entries}
         assert bucket.group == (groups.pop() if len(groups) == 1 else -1)
         assert bucket.state_dtype == (torch.float64 if bucket.dtype == torch.float64 else torch.float32)

@@ -12,9 +12,14 @@ from tests.unit.accelerator import DEVICE, HostWaits, Uploading, uploading
 __all__ = ["uploading"]  # the fixture
 
 COMPRESSORS: list[Compressor] = [
-    TopK(density=0.1), TopK(density=1), TopK(density=0.1, sampled=True), BlockSign(), BlockSign(block_size=7),
-    RandomK(density=0.3), RandomK(density=1),
-]  # fmt: skip
+    TopK(density=0.1),
+    TopK(density=1),
+    TopK(density=0.1, sampled=True),
+    BlockSign(),
+    BlockSign(block_size=7),
+    RandomK(density=0.3),
+    RandomK(density=1),
+]
 LAYOUT = Layout(("a", "empty", "b", "c"), (40, 0, 1, 9))
 WIDE = [torch.float32, torch.float64]
 compressors = pytest.mark.parametrize("compressor", COMPRESSORS, ids=str)

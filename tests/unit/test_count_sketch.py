@@ -30,9 +30,13 @@ __all__ = ["way"]  # the fixture
 
 @settings(max_examples=25)
 @given(
-    st.one_of(st.sampled_from([1, 2]), st.integers(1, 150)), st.integers(1, 7), st.integers(1, 160),
-    st.sampled_from(DTYPES), st.integers(0, 2**66), st.integers(0, 10**9),
-)  # fmt: skip
+    st.one_of(st.sampled_from([1, 2]), st.integers(1, 150)),
+    st.integers(1, 7),
+    st.integers(1, 160),
+    st.sampled_from(DTYPES),
+    st.integers(0, 2**66),
+    st.integers(0, 10**9),
+)
 def test_sketch_and_estimate_follow_the_formula(
     n: int, rows: int, columns: int, dtype: torch.dtype, seed: int, step: int
 ) -> None:
@@ -60,9 +64,19 @@ def test_sketch_and_estimate_follow_the_formula(
 
 @pytest.mark.parametrize(
     ("numel", "arguments", "columns"),
-    [(10**6, {}, 2000), (10**6, {"density": 1}, 10**6), (10, {}, 1), (1, {}, 1), (2, {"rows": 1}, 1), (0, {}, 0),
-     (0, {"columns": 7}, 0), (5, {"columns": 7}, 5), (1999, {"density": 0.5, "rows": 2}, 499), (7, {"density": 1}, 7)],
-)  # fmt: skip
+    [
+        (10**6, {}, 2000),
+        (10**6, {"density": 1}, 10**6),
+        (10, {}, 1),
+        (1, {}, 1),
+        (2, {"rows": 1}, 1),
+        (0, {}, 0),
+        (0, {"columns": 7}, 0),
+        (5, {"columns": 7}, 5),
+        (1999, {"density": 0.5, "rows": 2}, 499),
+        (7, {"density": 1}, 7),
+    ],
+)
 def test_sizes(numel: int, arguments: dict[str, Any], columns: int) -> None:
     config = CountSketch(**arguments)
     assert config.width(numel) == columns
@@ -80,9 +94,15 @@ def test_what_it_says_of_itself() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"density": 0}, "density"), ({"density": 1.01}, "density"), ({"rows": 0}, r"rows=0 .* >= 1"),
-     ({"rows": 2.5}, "rows=2.5"), ({"columns": 0}, r"columns=0 .* >= 1"), ({"seed": -1}, "seed=-1")],
-)  # fmt: skip
+    [
+        ({"density": 0}, "density"),
+        ({"density": 1.01}, "density"),
+        ({"rows": 0}, r"rows=0 .* >= 1"),
+        ({"rows": 2.5}, "rows=2.5"),
+        ({"columns": 0}, r"columns=0 .* >= 1"),
+        ({"seed": -1}, "seed=-1"),
+    ],
+)
 def test_arguments_out_of_range(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"CountSketch: .*{message}"):
         CountSketch(**arguments)
@@ -204,9 +224,12 @@ def test_process_and_hash_seed_do_not_matter(way: str) -> None:
     )
     seed = "1" if os.environ.get("PYTHONHASHSEED") == "4242" else "4242"
     child = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300,
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=300,
         env={**os.environ, "PYTHONHASHSEED": seed, "HOROVOD_RANK": "3"},
-    )  # fmt: skip
+    )
     assert child.returncode == 0, child.stderr
     hashed, table = json.loads(child.stdout)
     assert hashed != hash("a"), "the hash seed has had no effect: this test proves nothing"

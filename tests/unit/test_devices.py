@@ -128,9 +128,13 @@ def test_tensors_one_by_one(accelerator: Accelerator, compressor: Compressor, dt
 
 @pytest.mark.parametrize(
     ("state", "dtype"),
-    [(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.float32, torch.float16),
-     (torch.float64, torch.float64)],
-)  # fmt: skip
+    [
+        (torch.float32, torch.float32),
+        (torch.float32, torch.bfloat16),
+        (torch.float32, torch.float16),
+        (torch.float64, torch.float64),
+    ],
+)
 def test_folding(accelerator: Accelerator, state: torch.dtype, dtype: torch.dtype) -> None:
     x, e = torch.zeros(200_000, dtype=state, device=DEVICE), torch.zeros(200_000, dtype=state, device=DEVICE)
     z = torch.zeros(200_000, dtype=dtype, device=DEVICE)
@@ -152,16 +156,24 @@ def test_checksum(accelerator: Accelerator, dtype: torch.dtype) -> None:
 # -- algorithms ----------------------------------------------------------------------------------------
 
 CASES = [
-    (torch.float32, Reduction()), (torch.float64, Reduction(Average, 2.0)), (torch.bfloat16, Reduction(Sum)),
+    (torch.float32, Reduction()),
+    (torch.float64, Reduction(Average, 2.0)),
+    (torch.bfloat16, Reduction(Sum)),
     (torch.float16, Reduction()),
-]  # fmt: skip
+]
 cases = pytest.mark.parametrize(("dtype", "reduction"), CASES, ids=str)
 GRADIENT_ALGORITHMS: list[Algorithm] = [
-    Dense(), Dense(wire=Cast()), *(EF(c) for c in COMPRESSORS), EF(COMPRESSORS[0], rescale_residual=False),
+    Dense(),
+    Dense(wire=Cast()),
+    *(EF(c) for c in COMPRESSORS),
+    EF(COMPRESSORS[0], rescale_residual=False),
 ]
 UPDATE_ALGORITHMS: list[Algorithm] = [
-    *(DEF(c) for c in COMPRESSORS), DEF(COMPRESSORS[0], coefficient=0), DEF(COMPRESSORS[0], coefficient=1.0),
-    DEF(COMPRESSORS[0], rescale_residual=False), DEF(Identity(), rescale_residual=False),
+    *(DEF(c) for c in COMPRESSORS),
+    DEF(COMPRESSORS[0], coefficient=0),
+    DEF(COMPRESSORS[0], coefficient=1.0),
+    DEF(COMPRESSORS[0], rescale_residual=False),
+    DEF(Identity(), rescale_residual=False),
 ]
 
 

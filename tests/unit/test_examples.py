@@ -55,8 +55,14 @@ def write_idx(path: Path, array: np.ndarray) -> None:
 
 def one_rank(**more: Any) -> SimpleNamespace:
     return SimpleNamespace(
-        rank=lambda: 0, local_rank=lambda: 0, size=lambda: 1, barrier=lambda: None,
-        allgather_object=lambda value, name: [value], broadcast_object=lambda value, name: value, **more)
+        rank=lambda: 0,
+        local_rank=lambda: 0,
+        size=lambda: 1,
+        barrier=lambda: None,
+        allgather_object=lambda value, name: [value],
+        broadcast_object=lambda value, name: value,
+        **more,
+    )
 
 
 def test_fashion_mnist_is_read_from_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,15 +178,32 @@ def test_plain_optimizers_are_evaluated_where_they_are() -> None:
 def test_the_log_is_json_also_when_training_diverged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "hvd", one_rank())
     log = report.Log(argparse.Namespace(output=tmp_path, lr=0.1), torch.nn.Linear(2, 2), [])
-    log.add(epoch=1, train_loss=math.nan, test_loss=math.inf, test_accuracy=10.0, virtual_accuracy=None,
-            seconds=1.0, mb_sent=2.0)
+    log.add(
+        epoch=1,
+        train_loss=math.nan,
+        test_loss=math.inf,
+        test_accuracy=10.0,
+        virtual_accuracy=None,
+        seconds=1.0,
+        mb_sent=2.0,
+    )
     content = report.read_log(tmp_path / "log.json")
     assert content["epochs"][0]["train_loss"] is None and content["megabytes_sent"] == 2.0
 
 
 def fake_log(accuracy: float) -> dict[str, Any]:
-    epochs = [{"epoch": e, "train_loss": 1.0, "test_loss": 1.0, "test_accuracy": accuracy - 2 / e,
-               "virtual_accuracy": accuracy, "seconds": 1.0, "mb_sent": 3.0 * e} for e in (1, 2, 3)]
+    epochs = [
+        {
+            "epoch": e,
+            "train_loss": 1.0,
+            "test_loss": 1.0,
+            "test_accuracy": accuracy - 2 / e,
+            "virtual_accuracy": accuracy,
+            "seconds": 1.0,
+            "mb_sent": 3.0 * e,
+        }
+        for e in (1, 2, 3)
+    ]
     return {"parameters": 7, "megabytes_sent": 9.0, "seconds": 3.0, "epochs": epochs}
 
 
@@ -220,11 +243,21 @@ def test_rank_zero_is_told_from_the_others() -> None:
 
 def test_the_benchmark_says_when_def_falls_behind(tmp_path: Path) -> None:
     accuracy = {"dense": 98.0, "DEF": 96.5, "EF": 40.0, "EF, lr / 5": 95.0}
-    records = [{
-        "task": "digits", "method": name, "lr": 0.05, "ranks": 4, "density": "1/64", "accuracy": [value, value],
-        "virtual_accuracy": [None, None], "train_loss": [0.1, 0.1], "megabytes_sent": 1.0,
-        "curves": [[50.0, value], [55.0, value]],
-    } for name, value in accuracy.items()]
+    records = [
+        {
+            "task": "digits",
+            "method": name,
+            "lr": 0.05,
+            "ranks": 4,
+            "density": "1/64",
+            "accuracy": [value, value],
+            "virtual_accuracy": [None, None],
+            "train_loss": [0.1, 0.1],
+            "megabytes_sent": 1.0,
+            "curves": [[50.0, value], [55.0, value]],
+        }
+        for name, value in accuracy.items()
+    ]
     assert "NOT within 1 point of dense (-1.50)" in convergence.verdicts(records)[0]
     page = tmp_path / "page.md"
     page.write_text(f"above\n{BEGIN}\nold\n{END}\nbelow\n")
@@ -244,16 +277,19 @@ def train(script: str, output: Path, ranks: int, *more: str) -> None:
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 
-@pytest.mark.parametrize(("script", "options", "ranks"), [
-    ("train_horovod.py", [], 1),
-    pytest.param("train.py", ["--compression", "dense"], 2, marks=pytest.mark.full),
-    pytest.param("train.py", ["--compression", "ef", "--density", "1/8"], 2, marks=pytest.mark.full),
-    pytest.param("train.py", ["--compression", "def", "--density", "1/8"], 2, marks=pytest.mark.full),
-    pytest.param("train.py", ["--compression", "dist-ef"], 2, marks=pytest.mark.full),
-    pytest.param("train.py", ["--compression", "liec", "--averaging-period", "5"], 2, marks=pytest.mark.full),
-    pytest.param("train.py", ["--compression", "gs-sgd", "--density", "1/8"], 2, marks=pytest.mark.full),
-    pytest.param("train.py", ["--compression", "ef", "--compressor", "top-k"], 2, marks=pytest.mark.full),
-])
+@pytest.mark.parametrize(
+    ("script", "options", "ranks"),
+    [
+        ("train_horovod.py", [], 1),
+        pytest.param("train.py", ["--compression", "dense"], 2, marks=pytest.mark.full),
+        pytest.param("train.py", ["--compression", "ef", "--density", "1/8"], 2, marks=pytest.mark.full),
+        pytest.param("train.py", ["--compression", "def", "--density", "1/8"], 2, marks=pytest.mark.full),
+        pytest.param("train.py", ["--compression", "dist-ef"], 2, marks=pytest.mark.full),
+        pytest.param("train.py", ["--compression", "liec", "--averaging-period", "5"], 2, marks=pytest.mark.full),
+        pytest.param("train.py", ["--compression", "gs-sgd", "--density", "1/8"], 2, marks=pytest.mark.full),
+        pytest.param("train.py", ["--compression", "ef", "--compressor", "top-k"], 2, marks=pytest.mark.full),
+    ],
+)
 def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, script: str, options: list[str], ranks: int) -> None:
     train(script, tmp_path / "whole", ranks, *options)
     train(script, tmp_path / "halves", ranks, *options, "--stop-after", "2")

@@ -20,9 +20,11 @@ from hvd_compress.algorithms.folding import TILE, Folder, stand
 
 SMALL = 512  # most tests use smaller tiles, to be quick
 PAIRS = [
-    (torch.float32, torch.float32), (torch.float64, torch.float64), (torch.float32, torch.bfloat16),
+    (torch.float32, torch.float32),
+    (torch.float64, torch.float64),
+    (torch.float32, torch.bfloat16),
     (torch.float32, torch.float16),
-]  # fmt: skip
+]
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 pairs = pytest.mark.parametrize(("state", "dtype"), PAIRS, ids=str)
 
@@ -71,9 +73,7 @@ def size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int
 
 
 @pairs
-@pytest.mark.parametrize(
-    ("placed", "coefficient", "decay"), [(0.0, 0.0, 1.0), (0.5, 0.25, 1.0), (1.0, 0.5, 0.5)]
-)
+@pytest.mark.parametrize(("placed", "coefficient", "decay"), [(0.0, 0.0, 1.0), (0.5, 0.25, 1.0), (1.0, 0.5, 0.5)])
 def test_exactly_the_formula_where_nothing_rounds(
     size: int, state: torch.dtype, dtype: torch.dtype, placed: float, coefficient: float, decay: float
 ) -> None:

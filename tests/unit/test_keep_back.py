@@ -15,10 +15,21 @@ __all__ = ["loops"]  # the fixture
 
 LAYOUT = Layout(("a", "empty", "b", "c"), (40, 0, 1, 9))
 CPU = torch.device("cpu")
-compressors = pytest.mark.parametrize("compressor", [
-    Identity(), Cast(), Cast(torch.float32), RandomBlock(0.3), RandomK(0.3), TopK(0.2), TopK(0.2, sampled=True),
-    BlockSign(), BlockSign(block_size=7),
-], ids=str)  # fmt: skip
+compressors = pytest.mark.parametrize(
+    "compressor",
+    [
+        Identity(),
+        Cast(),
+        Cast(torch.float32),
+        RandomBlock(0.3),
+        RandomK(0.3),
+        TopK(0.2),
+        TopK(0.2, sampled=True),
+        BlockSign(),
+        BlockSign(block_size=7),
+    ],
+    ids=str,
+)
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 
 

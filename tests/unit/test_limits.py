@@ -28,8 +28,15 @@ from hvd_compress.exchange import require_countable
 
 WARM = Warmup(TopK(1 / 1000), (1.0, 0.25))
 GATHERED: list[Any] = [DEF(TopK(0.01)), DEF(BlockSign()), DEF(BlockSign(16)), EF(TopK(0.5)), DEF(WARM), EF(WARM)]
-OTHERS: list[Any] = [DEF(Identity()), DEF(RandomBlock()), DEF(Cast()), DistEF(), DistEF(Identity(), BlockSign()),
-                     LIEC(Identity()), GlobalTopK(1.0)]
+OTHERS: list[Any] = [
+    DEF(Identity()),
+    DEF(RandomBlock()),
+    DEF(Cast()),
+    DistEF(),
+    DistEF(Identity(), BlockSign()),
+    LIEC(Identity()),
+    GlobalTopK(1.0),
+]
 
 
 def buckets_of(algorithm: Any, ranks: int, dtype: torch.dtype) -> list[Bucket]:

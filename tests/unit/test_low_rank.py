@@ -63,18 +63,31 @@ def best(matrix: Tensor, r: int) -> float:
 
 @pytest.mark.parametrize(
     ("shape", "rank", "factors"),
-    [((100, 50), 4, (100, 50, 4)), ((64, 3, 3, 3), 4, (64, 27, 4)), ((100,), 4, (0, 0, 0)), ((), 1, (0, 0, 0)),
-     ((2, 2), 1, (0, 0, 0)), ((3, 3), 1, (3, 3, 1)), ((8, 8), 4, (0, 0, 0)), ((1, 30, 20), 2, (30, 20, 2)),
-     ((30, 1, 1), 2, (0, 0, 0)), ((0, 3), 1, (0, 0, 0)), ((5, 1000), 99, (0, 0, 0)), ((5, 1000), 4, (5, 1000, 4))],
-)  # fmt: skip
+    [
+        ((100, 50), 4, (100, 50, 4)),
+        ((64, 3, 3, 3), 4, (64, 27, 4)),
+        ((100,), 4, (0, 0, 0)),
+        ((), 1, (0, 0, 0)),
+        ((2, 2), 1, (0, 0, 0)),
+        ((3, 3), 1, (3, 3, 1)),
+        ((8, 8), 4, (0, 0, 0)),
+        ((1, 30, 20), 2, (30, 20, 2)),
+        ((30, 1, 1), 2, (0, 0, 0)),
+        ((0, 3), 1, (0, 0, 0)),
+        ((5, 1000), 99, (0, 0, 0)),
+        ((5, 1000), 4, (5, 1000, 4)),
+    ],
+)
 def test_what_is_factored(shape: tuple[int, ...], rank: int, factors: tuple[int, int, int]) -> None:
     assert LowRank(rank).factors(shape) == factors
 
 
 @given(
-    st.lists(st.integers(0, 9), max_size=4).map(tuple), st.integers(1, 5),
-    st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]), st.integers(0, 99),
-)  # fmt: skip
+    st.lists(st.integers(0, 9), max_size=4).map(tuple),
+    st.integers(1, 5),
+    st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
+    st.integers(0, 99),
+)
 def test_one_tensor(shape: tuple[int, ...], rank: int, dtype: torch.dtype, step: int) -> None:
     config, v = LowRank(rank), values(*shape, dtype=dtype)
     payload, (n, m, r) = config.encode(v, "w", step), config.factors(shape)

@@ -51,14 +51,17 @@ def test_an_algorithm_that_leaves_parameters_to_another_is_asked_too() -> None:
     assert isinstance(chosen(by_name, 4, 4), GlobalSketch)
 
 
-@pytest.mark.parametrize(("rules", "argument"), [
-    ({"default": 3}, "default=3"),
-    ({"patterns": {"*.bias": "dense"}}, "patterns['*.bias']='dense'"),
-    ({"groups": {1: BLOCK}}, "groups[1]=RandomBlock"),
-    ({"groups": {1: DEF(BLOCK)}}, "groups[1]=DEF"),
-    ({"default": DEF(BLOCK), "patterns": {"a": DEF(BLOCK, local_steps=2)}}, "patterns['a']=DEF"),
-    ({"default": DEF(BLOCK), "patterns": {"a": DEF(BLOCK, clip_norm=2.0)}}, "patterns['a']=DEF"),
-])
+@pytest.mark.parametrize(
+    ("rules", "argument"),
+    [
+        ({"default": 3}, "default=3"),
+        ({"patterns": {"*.bias": "dense"}}, "patterns['*.bias']='dense'"),
+        ({"groups": {1: BLOCK}}, "groups[1]=RandomBlock"),
+        ({"groups": {1: DEF(BLOCK)}}, "groups[1]=DEF"),
+        ({"default": DEF(BLOCK), "patterns": {"a": DEF(BLOCK, local_steps=2)}}, "patterns['a']=DEF"),
+        ({"default": DEF(BLOCK), "patterns": {"a": DEF(BLOCK, clip_norm=2.0)}}, "patterns['a']=DEF"),
+    ],
+)
 def test_a_wrong_rule_is_named(rules: dict[str, Any], argument: str) -> None:
     with pytest.raises(ValueError, match="Policy") as refusal:
         Policy(**{"default": EF(BLOCK), **rules})

@@ -45,9 +45,25 @@ def test_every_public_name_exists_once() -> None:
     assert len(hvd_compress.__all__) == len(set(hvd_compress.__all__))
     for name in hvd_compress.__all__:
         assert getattr(hvd_compress, name) is not None
-    wanted = {"DistributedOptimizer", "Dense", "EF", "DEF", "RandomBlock", "Identity", "Cast", "Stats", "Compression",
-              "Average", "Sum", "Adasum", "ProcessSet", "global_process_set", "BlockSign", "RandomK",
-              "TopK"}  # fmt: skip
+    wanted = {
+        "DistributedOptimizer",
+        "Dense",
+        "EF",
+        "DEF",
+        "RandomBlock",
+        "Identity",
+        "Cast",
+        "Stats",
+        "Compression",
+        "Average",
+        "Sum",
+        "Adasum",
+        "ProcessSet",
+        "global_process_set",
+        "BlockSign",
+        "RandomK",
+        "TopK",
+    }
     assert wanted <= set(hvd_compress.__all__)
 
 

@@ -45,9 +45,7 @@ def dependence(a: np.ndarray, b: np.ndarray, bins: int) -> float:
 # -- the formula ---------------------------------------------------------------------------------------
 
 
-@given(
-    st.integers(1, 10**12), densities, st.integers(0, 2**70), st.text(max_size=30), st.integers(0, 2**60)
-)
+@given(st.integers(1, 10**12), densities, st.integers(0, 2**70), st.text(max_size=30), st.integers(0, 2**60))
 def test_selection_follows_the_formula(n: int, density: float, seed: int, name: str, step: int) -> None:
     start, length = RandomBlock(density=density, seed=seed).selection(name, n, step)
     assert length == max(1, math.floor(n * density))
@@ -57,8 +55,17 @@ def test_selection_follows_the_formula(n: int, density: float, seed: int, name: 
 
 
 @pytest.mark.parametrize(
-    ("n", "density", "length"), [(1, 1e-9, 1), (63, 1 / 64, 1), (64, 1 / 64, 1), (128, 1 / 64, 2), (191, 1 / 64, 2),
-                                 (10, 1.0, 10), (3, 0.999, 2), (10**8, 1 / 64, 1562500)]
+    ("n", "density", "length"),
+    [
+        (1, 1e-9, 1),
+        (63, 1 / 64, 1),
+        (64, 1 / 64, 1),
+        (128, 1 / 64, 2),
+        (191, 1 / 64, 2),
+        (10, 1.0, 10),
+        (3, 0.999, 2),
+        (10**8, 1 / 64, 1562500),
+    ],
 )
 def test_block_lengths(n: int, density: float, length: int) -> None:
     assert RandomBlock(density=density).selection("w", n, 0)[1] == length
@@ -155,8 +162,13 @@ def test_two_tensors_of_one_size_do_not_move_together() -> None:
 
 # -- nothing else matters ------------------------------------------------------------------------------
 
-CALLS = [(seed, name, n, step) for seed in (0, 5) for name in ("a", "b.weight", "ä") for n in (1, 64, 10**6)
-         for step in (0, 1, 999_999)]
+CALLS = [
+    (seed, name, n, step)
+    for seed in (0, 5)
+    for name in ("a", "b.weight", "ä")
+    for n in (1, 64, 10**6)
+    for step in (0, 1, 999_999)
+]
 
 
 def draws(calls: Sequence[tuple[int, str, int, int]]) -> dict[str, list[int]]:

@@ -137,7 +137,7 @@ def test_a_hundred_million_elements() -> None:
     assert (length, payload.nbytes, kept.numel()) == (100, 200, n)
     assert start + length < n, "choose a step that does not wrap"
     assert int(torch.count_nonzero(kept)) == length
-    assert bool(kept[start:start + length].all())
+    assert bool(kept[start : start + length].all())
 
 
 # -- a bucket ------------------------------------------------------------------------------------------

@@ -99,11 +99,11 @@ def test_the_draw_is_pinned() -> None:
     """Ranks may run different releases and checkpoints outlive them: the draw is part of the format."""
     compressor = RandomK(density=0.005, seed=0)
     assert [compressor.selection("layer.weight", 1000, step).tolist() for step in range(3)] == [
-        [147, 149, 224, 372, 717], [117, 191, 308, 682, 903], [97, 134, 220, 442, 875]
-    ]  # fmt: skip
+        [147, 149, 224, 372, 717],
+        [117, 191, 308, 682, 903],
+        [97, 134, 220, 442, 875],
+    ]
     assert RandomK(density=3e-8, seed=7).selection("größe.重み", 10**8, 123456).tolist() == [18693569, 92400401]
-
-
 
 
 @pytest.mark.parametrize(("n", "k"), [(2, 1), (3, 1), (7, 3), (20, 6), (50, 1), (300, 30)])

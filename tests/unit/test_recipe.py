@@ -63,7 +63,12 @@ def attempt(directory: Path, name: str, with_line: bool) -> subprocess.Completed
         with (compressors / "__init__.py").open("a", encoding="utf-8") as file:
             file.write(line.group(1).replace("NAME", name).replace("Name", "Strided") + "\n")
     return subprocess.run(
-        [sys.executable, "-c", TRIAL], cwd=directory, text=True, capture_output=True, timeout=120, check=False,
+        [sys.executable, "-c", TRIAL],
+        cwd=directory,
+        text=True,
+        capture_output=True,
+        timeout=120,
+        check=False,
         env={**os.environ, "PYTHONPATH": str(directory), "OMP_NUM_THREADS": "1"},
     )
 

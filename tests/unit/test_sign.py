@@ -249,8 +249,13 @@ def test_threads_cut_at_whole_bytes(loops: str, monkeypatch: pytest.MonkeyPatch)
 
 def test_the_loops_refuse_what_does_not_fit(loops: str) -> None:
     v, bits, ends = torch.zeros(20), torch.zeros(3, dtype=torch.uint8), np.array([20])
-    for flat, packed, where in ((v[:17], bits, ends), (v, bits[:2], ends), (v, bits, ends[:0]), (v, bits, ends + 1),
-                                (v, bits, ends.astype(np.int32))):  # fmt: skip
+    for flat, packed, where in (
+        (v[:17], bits, ends),
+        (v, bits[:2], ends),
+        (v, bits, ends[:0]),
+        (v, bits, ends + 1),
+        (v, bits, ends.astype(np.int32)),
+    ):
         with pytest.raises(ValueError, match="blocks"):
             signs.pack(flat, packed, where)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="1 float32 factors"):

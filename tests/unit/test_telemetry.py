@@ -19,9 +19,7 @@ def record(recorder: Recorder, encode: float, decode: float, wait: float) -> Non
 def test_nothing_yet() -> None:
     stats = Recorder().snapshot(0.0, 0.0, 0.0, math.nan)
     assert math.isnan(stats.coefficient)
-    assert dataclasses.replace(stats, coefficient=0.0) == dataclasses.replace(
-        Recorder().snapshot(0.0, 0.0, 0.0, 0.0)
-    )
+    assert dataclasses.replace(stats, coefficient=0.0) == dataclasses.replace(Recorder().snapshot(0.0, 0.0, 0.0, 0.0))
     assert (stats.steps, stats.bytes_sent, stats.total_bytes_sent, stats.ratio) == (0, 0.0, 0.0, 1.0)
 
 

@@ -242,8 +242,9 @@ def test_sampled_follows_its_definition(n: int, kind: str, density: float, step:
 
 def test_short_vectors_are_their_own_sample() -> None:
     v = vector(4000)
-    assert torch.equal(TopK(0.01, sampled=True).decode(TopK(0.01, sampled=True).encode(v)),
-                       TopK(0.01).decode(TopK(0.01).encode(v)))  # fmt: skip
+    assert torch.equal(
+        TopK(0.01, sampled=True).decode(TopK(0.01, sampled=True).encode(v)), TopK(0.01).decode(TopK(0.01).encode(v))
+    )
 
 
 def test_how_many_a_sampled_threshold_lets_pass() -> None:

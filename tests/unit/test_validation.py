@@ -107,13 +107,33 @@ def test_repr_builds_the_same_value(kind: Any, arguments: dict[str, Any]) -> Non
 
 def test_different_values_are_not_equal() -> None:
     different = [
-        RandomBlock(), RandomBlock(density=0.5), RandomBlock(seed=1), Identity(), Cast(), Cast(torch.float32),
-        RandomK(), RandomK(density=0.5), RandomK(seed=1), TopK(), TopK(density=0.5), TopK(sampled=True), BlockSign(),
-        BlockSign(64), BlockSign(1),
-        Dense(), Dense(wire=Cast()), EF(BLOCK), EF(Identity()), EF(BLOCK, rescale_residual=False), DEF(BLOCK),
-        DEF(BLOCK, coefficient=0.2), DEF(BLOCK, coefficient="auto"), DEF(BLOCK, local_steps=2),
-        DEF(BLOCK, rescale_residual=False), DEF(RandomBlock(seed=1)),
-    ]  # fmt: skip
+        RandomBlock(),
+        RandomBlock(density=0.5),
+        RandomBlock(seed=1),
+        Identity(),
+        Cast(),
+        Cast(torch.float32),
+        RandomK(),
+        RandomK(density=0.5),
+        RandomK(seed=1),
+        TopK(),
+        TopK(density=0.5),
+        TopK(sampled=True),
+        BlockSign(),
+        BlockSign(64),
+        BlockSign(1),
+        Dense(),
+        Dense(wire=Cast()),
+        EF(BLOCK),
+        EF(Identity()),
+        EF(BLOCK, rescale_residual=False),
+        DEF(BLOCK),
+        DEF(BLOCK, coefficient=0.2),
+        DEF(BLOCK, coefficient="auto"),
+        DEF(BLOCK, local_steps=2),
+        DEF(BLOCK, rescale_residual=False),
+        DEF(RandomBlock(seed=1)),
+    ]
     for i, one in enumerate(different):
         assert [one == other for other in different] == [i == j for j in range(len(different))]
     assert len(set(different)) == len(different)

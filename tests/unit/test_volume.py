@@ -73,7 +73,8 @@ def test_the_page_has_every_method(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(volume_page, "FIGURE", tmp_path / "figures" / "volume.png")
     records = [
         {"method": name, "hosts": hosts, "formula": sent(name, hosts), "counted": 1.05 * sent(name, hosts)}
-        for name in METHODS for hosts in (2, 8)
+        for name in METHODS
+        for hosts in (2, 8)
     ]
     volume_page.write(records)
     text = page.read_text()

@@ -17,7 +17,9 @@ KINDS: tuple[Any, ...] = (TopK(0.1), RandomK(0.1, seed=3), RandomBlock(0.1, seed
 
 
 @given(
-    kind=st.sampled_from(KINDS), densities=st.lists(st.floats(0.01, 1.0), max_size=4), steps=st.integers(1, 9),
+    kind=st.sampled_from(KINDS),
+    densities=st.lists(st.floats(0.01, 1.0), max_size=4),
+    steps=st.integers(1, 9),
     step=st.integers(0, 50),
 )
 def test_the_stage_decides_the_density_and_nothing_else(
@@ -69,28 +71,37 @@ def test_one_payload_size_is_not_to_be_had() -> None:
         Warmup(TopK(0.1)).codec(Layout(("a",), (8,)), torch.float32, torch.device("cpu"))
 
 
-@pytest.mark.parametrize(("arguments", "said"), [
-    ({"compressor": BlockSign()}, "compressor=BlockSign"),
-    ({"compressor": Identity()}, "compressor=Identity"),
-    ({"compressor": Cast()}, "compressor=Cast"),
-    ({"compressor": 0.1}, "compressor=0.1"),
-    ({"densities": 0.5}, "densities=0.5"),
-    ({"densities": "0.5"}, "densities='0.5'"),
-    ({"densities": (0.5, 2.0)}, "densities[1] (the fraction of elements sent)=2.0"),
-    ({"densities": (0.0,)}, "densities[0]"),
-    ({"steps": 0}, "steps=0"),
-    ({"steps": 1.5}, "steps=1.5"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"compressor": BlockSign()}, "compressor=BlockSign"),
+        ({"compressor": Identity()}, "compressor=Identity"),
+        ({"compressor": Cast()}, "compressor=Cast"),
+        ({"compressor": 0.1}, "compressor=0.1"),
+        ({"densities": 0.5}, "densities=0.5"),
+        ({"densities": "0.5"}, "densities='0.5'"),
+        ({"densities": (0.5, 2.0)}, "densities[1] (the fraction of elements sent)=2.0"),
+        ({"densities": (0.0,)}, "densities[0]"),
+        ({"steps": 0}, "steps=0"),
+        ({"steps": 1.5}, "steps=1.5"),
+    ],
+)
 def test_wrong_values_are_refused_by_name(arguments: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match="Warmup") as refusal:
         Warmup(**{"compressor": TopK(0.1), **arguments})
     assert said in str(refusal.value)
 
 
-@pytest.mark.parametrize(("arguments", "said"), [
-    ({"start": 0.0}, "start"), ({"start": 1.5}, "start"), ({"stages": 0}, "stages=0"), ({"steps": 0}, "steps=0"),
-    ({"compressor": BlockSign()}, "compressor=BlockSign"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"start": 0.0}, "start"),
+        ({"start": 1.5}, "start"),
+        ({"stages": 0}, "stages=0"),
+        ({"steps": 0}, "steps=0"),
+        ({"compressor": BlockSign()}, "compressor=BlockSign"),
+    ],
+)
 def test_wrong_values_of_geometric_are_refused_by_name(arguments: dict[str, Any], said: str) -> None:
     compressor: Compressor = TopK(0.1)
     with pytest.raises(ValueError, match="Warmup") as refusal:

@@ -62,6 +62,7 @@ def check_closures() -> None:
             model = network()
             optimizer = wrap(model, sgd(model, momentum=0.9), compression)
             for t in range(5):
+
                 def closure(t: int = t, model: nn.Module = model, optimizer: Any = optimizer) -> torch.Tensor:
                     optimizer.zero_grad()
                     loss = loss_of(model, hvd.rank(), t)

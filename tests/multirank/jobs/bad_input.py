@@ -63,8 +63,10 @@ def check_values_of_the_other_papers() -> None:
         (lambda: DEF(BlockSign(), masking=True), ("DEF", "masking", "BlockSign")),
         (lambda: DEF(TopK(), clip_norm=-1.0), ("DEF", "clip_norm=-1.0")),
         (lambda: LIEC(averaging_period=0), ("LIEC", "averaging_period=0")),
-        (lambda: GlobalSketch(TopK()),  # type: ignore[arg-type]
-         ("GlobalSketch", "sketch=TopK", "CountSketch")),
+        (
+            lambda: GlobalSketch(TopK()),  # type: ignore[arg-type]
+            ("GlobalSketch", "sketch=TopK", "CountSketch"),
+        ),
         (lambda: GlobalSketch(exchange="ring"), ("GlobalSketch", "exchange='ring'", "allgather")),
         (lambda: GlobalSketch(k=0), ("GlobalSketch", "k=0")),
         (lambda: GlobalTopK(density=2), ("GlobalTopK", "density", "2")),
@@ -87,33 +89,60 @@ def check_reduction() -> None:
     raises(ValueError, "backward_passes_per_step must be > 0", call=lambda: attempt(model, backward_passes_per_step=0))
     raises(ValueError, "op=", call=lambda: attempt(model, op=17))
     for factor in (float("inf"), float("nan"), -1.0, "2", None):
-        raises(ValueError, f"gradient_predivide_factor={factor!r}", "> 0",
-               call=lambda f=factor: attempt(model, gradient_predivide_factor=f))
+        raises(
+            ValueError,
+            f"gradient_predivide_factor={factor!r}",
+            "> 0",
+            call=lambda f=factor: attempt(model, gradient_predivide_factor=f),
+        )
     raises(ValueError, "backward_passes_per_step must be > 0", call=lambda: attempt(model, backward_passes_per_step=-1))
     for passes in (1.5, "2", None, True):
-        raises(ValueError, f"backward_passes_per_step={passes!r}", "integer >= 1",
-               call=lambda n=passes: attempt(model, backward_passes_per_step=n))
+        raises(
+            ValueError,
+            f"backward_passes_per_step={passes!r}",
+            "integer >= 1",
+            call=lambda n=passes: attempt(model, backward_passes_per_step=n),
+        )
     optimizer = wrap(model, sgd(model), Dense())
     for passes in (0, -1, 1.5, "2", None, True):
-        raises(ValueError, "set_backward_passes_per_step", f"passes={passes!r}", "integer >= 1",
-               call=lambda n=passes: optimizer.set_backward_passes_per_step(n))
+        raises(
+            ValueError,
+            "set_backward_passes_per_step",
+            f"passes={passes!r}",
+            "integer >= 1",
+            call=lambda n=passes: optimizer.set_backward_passes_per_step(n),
+        )
     assert optimizer.backward_passes_per_step == 1
 
 
 def check_what_is_wrapped() -> None:
     model = network()
     for wrong, shown in ((None, "None"), (model, "Sequential"), (torch.optim.SGD, "SGD"), ("sgd", "'sgd'")):
-        raises(ValueError, f"optimizer={shown}" if wrong is not torch.optim.SGD else shown, "torch.optim.Optimizer",
-               call=lambda w=wrong: DistributedOptimizer(w, compression=Dense()))
+        raises(
+            ValueError,
+            f"optimizer={shown}" if wrong is not torch.optim.SGD else shown,
+            "torch.optim.Optimizer",
+            call=lambda w=wrong: DistributedOptimizer(w, compression=Dense()),
+        )
 
 
 def check_process_sets() -> None:
     model = network()
     for wrong, shown in ((None, "None"), ("global", "'global'"), ([0], "[0]")):
-        raises(ValueError, f"process_set={shown}", "ProcessSet", "hvd.add_process_set",
-               call=lambda w=wrong: attempt(model, process_set=w))
-    raises(ValueError, "process_set=", "not registered", "hvd.add_process_set",
-           call=lambda: attempt(model, process_set=hvd.ProcessSet([0])))
+        raises(
+            ValueError,
+            f"process_set={shown}",
+            "ProcessSet",
+            "hvd.add_process_set",
+            call=lambda w=wrong: attempt(model, process_set=w),
+        )
+    raises(
+        ValueError,
+        "process_set=",
+        "not registered",
+        "hvd.add_process_set",
+        call=lambda: attempt(model, process_set=hvd.ProcessSet([0])),
+    )
 
 
 def check_complex_parameters() -> None:
@@ -123,8 +152,9 @@ def check_complex_parameters() -> None:
         raises(ValueError, "'phase'", "complex64", "view_as_complex", call=lambda c=compression: attempt(model, c))
         plain = network()
         optimizer = wrap(plain, sgd(plain), compression)
-        raises(ValueError, "noname.1.0", "complex64",
-               call=lambda o=optimizer: o.add_param_group({"params": [model.phase]}))
+        raises(
+            ValueError, "noname.1.0", "complex64", call=lambda o=optimizer: o.add_param_group({"params": [model.phase]})
+        )
         plain(torch.ones(2, 5)).sum().backward()
         optimizer.step()  # the group was not added
 
@@ -134,11 +164,13 @@ def check_names() -> None:
     same = [("a", p) for p in model.parameters()]
     raises(ValueError, "must be unique", "a", call=lambda: DistributedOptimizer(sgd(model), named_parameters=same))
     raises(
-        ValueError, "were not named",
+        ValueError,
+        "were not named",
         call=lambda: DistributedOptimizer(sgd(model), named_parameters=list(model.named_parameters())[1:]),
     )
     raises(
-        ValueError, "sequence of tuples",
+        ValueError,
+        "sequence of tuples",
         call=lambda: DistributedOptimizer(sgd(model), named_parameters=model.parameters()),
     )
 
@@ -182,7 +214,9 @@ def check_ranks_disagree_in_order() -> None:
         named.reverse()
     optimizer = torch.optim.SGD([p for _, p in named], lr=0.1)
     raises(
-        ValueError, "order", "rank 1",
+        ValueError,
+        "order",
+        "rank 1",
         call=lambda: DistributedOptimizer(optimizer, named_parameters=named, compression=Dense()),
     )
 
@@ -209,7 +243,11 @@ def check_ranks_disagree_in_options() -> None:
     raises(ValueError, "passes", "rank 1 has", call=lambda: attempt(model, backward_passes_per_step=passes))
     kind = torch.optim.Adam if odd else torch.optim.SGD
     raises(
-        ValueError, "class of the optimizer", "SGD", "Adam", f"this is rank {hvd.rank()}",
+        ValueError,
+        "class of the optimizer",
+        "SGD",
+        "Adam",
+        f"this is rank {hvd.rank()}",
         call=lambda: wrap(model, kind(model.parameters(), lr=0.1), Dense()),
     )
     if odd:

@@ -45,7 +45,8 @@ FULL_RANKS = (1, 3, 4)
 POLICIES: tuple[Any, ...] = (Policy(DEF(BLOCK), dense_dims=1), Policy(DEF(BLOCK, 1.0), patterns={"2.*": DEF(BLOCK)}))
 if FULL:
     POLICIES += (
-        Policy(DEF(BLOCK, "auto"), dense_dims=1), Policy(DEF(BLOCK), patterns={"*bias": DEF(TopK(0.5), 0.0)}),
+        Policy(DEF(BLOCK, "auto"), dense_dims=1),
+        Policy(DEF(BLOCK), patterns={"*bias": DEF(TopK(0.5), 0.0)}),
         Policy(DEF(BLOCK, "auto"), patterns={"2.*": DEF(RandomBlock(0.5), "auto")}),
         Policy(GlobalSketch(CountSketch(columns=8, rows=3)), patterns={"2.weight": DEF(BLOCK, 1.0)}),
     )
@@ -131,7 +132,14 @@ def grown(compression: Any, frozen: bool) -> tuple[Any, Any]:
 def check_buckets_that_are_cut_otherwise() -> None:
     """Loaded where both layers are there from the start: nothing owed is lost, and random blocks go on alike."""
     compressions: tuple[Any, ...] = (
-        DEF(BLOCK), DEF(BLOCK, "auto"), EF(BLOCK), EF(TopK(0.25)), DistEF(), DistEF(BLOCK), LIEC(BLOCK, 100), LIEC(),
+        DEF(BLOCK),
+        DEF(BLOCK, "auto"),
+        EF(BLOCK),
+        EF(TopK(0.25)),
+        DistEF(),
+        DistEF(BLOCK),
+        LIEC(BLOCK, 100),
+        LIEC(),
     )
     for compression, frozen in itertools.product(compressions, (False, True)):
         model, optimizer = grown(compression, frozen)
@@ -163,8 +171,16 @@ def own_momentum(algorithm: Any) -> set[str]:
 def check_states_of_another_algorithm_load() -> None:
     """What is held back goes on where it means the same; else it is lost with a warning, and without one if flushed."""
     kinds: tuple[Any, ...] = (
-        Dense(), EF(BLOCK), EF(TopK(0.25)), LIEC(averaging_period=100), DEF(BLOCK), DEF(BLOCK, "auto"), DistEF(),
-        GlobalSketch(CountSketch(columns=8, rows=3)), EF(LowRank(1)), EF(LowRank(2)),
+        Dense(),
+        EF(BLOCK),
+        EF(TopK(0.25)),
+        LIEC(averaging_period=100),
+        DEF(BLOCK),
+        DEF(BLOCK, "auto"),
+        DistEF(),
+        GlobalSketch(CountSketch(columns=8, rows=3)),
+        EF(LowRank(1)),
+        EF(LowRank(2)),
         Policy(EF(BLOCK), patterns={"2.*": LIEC(averaging_period=100)}),
     )
     for before, after in itertools.permutations(kinds, 2):

@@ -64,8 +64,13 @@ def check_adam_flushes_by_a_step() -> None:
                 optimizer.zero_grad()
                 (scale * loss_of(model, hvd.rank(), t)).backward()
                 optimizer.step()
-            raises(RuntimeError, "point='virtual'", "Adam", f"rank {hvd.rank()}", call=lambda o=optimizer: o.consensus(
-                "virtual").__enter__())
+            raises(
+                RuntimeError,
+                "point='virtual'",
+                "Adam",
+                f"rank {hvd.rank()}",
+                call=lambda o=optimizer: o.consensus("virtual").__enter__(),
+            )
             before = shared(model, optimizer)
             gradients = [p.grad for p in model.parameters()]
             optimizer.flush()

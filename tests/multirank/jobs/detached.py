@@ -32,7 +32,10 @@ def schedule(t: int) -> float:
 def sgd(model: torch.nn.Module, kind: str) -> torch.optim.SGD:
     config = LOCALS[kind]()
     return torch.optim.SGD(
-        model.parameters(), lr=schedule(0), momentum=config.momentum, weight_decay=config.weight_decay,
+        model.parameters(),
+        lr=schedule(0),
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
         nesterov=config.nesterov,
     )
 
@@ -100,9 +103,7 @@ def check_coefficient_one_is_local_sgd_with_block_averaging() -> None:
     model = network(torch.float64)
     optimizer = wrap(model, sgd(model, "nesterov"), DEF(BLOCK, 1.0))
     train(model, optimizer, STEPS, schedule)
-    models = reference.local_sgd_with_block_averaging(
-        hvd.size(), STEPS, BLOCK.selection, schedule, LOCALS["nesterov"]
-    )
+    models = reference.local_sgd_with_block_averaging(hvd.size(), STEPS, BLOCK.selection, schedule, LOCALS["nesterov"])
     close(flat(model), joined(models[hvd.rank()]), 1e-12, "own model")
 
 

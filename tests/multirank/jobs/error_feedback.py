@@ -124,11 +124,23 @@ def check_low_precision_parameters() -> None:
     """bfloat16 and float16 parameters: gradients in their dtype, residual in float32, same bits everywhere."""
     for dtype in (torch.bfloat16, torch.float16):
         gradients = (
-            Dense(), EF(BLOCK), EF(Cast()), hvd.Compression.fp16, EF(RandomK(0.25)), EF(TopK(0.25)), EF(BlockSign()),
-            EF(LowRank(1)), LIEC(averaging_period=5),
+            Dense(),
+            EF(BLOCK),
+            EF(Cast()),
+            hvd.Compression.fp16,
+            EF(RandomK(0.25)),
+            EF(TopK(0.25)),
+            EF(BlockSign()),
+            EF(LowRank(1)),
+            LIEC(averaging_period=5),
         )
         updates = (
-            DEF(BLOCK), DEF(RandomK(0.25)), DEF(TopK(0.25), 0.0, masking=True), DistEF(), DEF(LowRank(1)), DEF(Cast()),
+            DEF(BLOCK),
+            DEF(RandomK(0.25)),
+            DEF(TopK(0.25), 0.0, masking=True),
+            DistEF(),
+            DEF(LowRank(1)),
+            DEF(Cast()),
             GlobalSketch(CountSketch(density=1.0)),
         )
         for compression in (*gradients, *updates):

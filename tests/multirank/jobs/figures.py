@@ -87,7 +87,9 @@ def check_replicas_that_differ_anywhere_are_found() -> None:
             if hvd.rank() == hvd.size() - 1:
                 spoil(x)
             raises(
-                RuntimeError, "replicas differ", "2.weight",
+                RuntimeError,
+                "replicas differ",
+                "2.weight",
                 call=lambda m=model, o=optimizer: train(m, o, 1, lambda t: 0.0, first=2),
             )
 

@@ -28,9 +28,19 @@ FULL_RANKS = (3, 4)
 MPI_RANKS = (3,)
 SKETCH = CountSketch(columns=8, rows=3)
 ALL: tuple[Any, ...] = (
-    *EXACT, *LOSSY, EF(LowRank(1)), DEF(LowRank(1)), EF(RandomK(0.25)), DEF(BLOCK, "auto"), EF(TopK(0.25)),
-    DEF(BlockSign()), GlobalSketch(SKETCH), GlobalSketch(SKETCH, "allgather"), DEF(Warmup(BLOCK, (1.0,), 2)),
-    EF(Warmup(TopK(0.1), (1.0,), 2)), Policy(EF(BLOCK), patterns={"2.*": EF(TopK(0.25))}),
+    *EXACT,
+    *LOSSY,
+    EF(LowRank(1)),
+    DEF(LowRank(1)),
+    EF(RandomK(0.25)),
+    DEF(BLOCK, "auto"),
+    EF(TopK(0.25)),
+    DEF(BlockSign()),
+    GlobalSketch(SKETCH),
+    GlobalSketch(SKETCH, "allgather"),
+    DEF(Warmup(BLOCK, (1.0,), 2)),
+    EF(Warmup(TopK(0.1), (1.0,), 2)),
+    Policy(EF(BLOCK), patterns={"2.*": EF(TopK(0.25))}),
 )
 STEPS = 3
 
@@ -77,8 +87,13 @@ def check_what_is_gathered_is_a_clear_error() -> None:
         train(model, optimizer, STEPS, rate)
         if hvd.rank() > 0:
             owed = held(optimizer)
-            raises(RuntimeError, "hvd.join()", f"rank {hvd.rank()}", "RandomBlock",
-                   call=lambda m=model, o=optimizer: train(m, o, 1, rate, first=STEPS))
+            raises(
+                RuntimeError,
+                "hvd.join()",
+                f"rank {hvd.rank()}",
+                "RandomBlock",
+                call=lambda m=model, o=optimizer: train(m, o, 1, rate, first=STEPS),
+            )
             # Where gradients travel the residual has taken this one in; nothing of it has been sent.
             assert not compression.exchanges_updates or torch.equal(held(optimizer), owed), f"{compression}"
         hvd.join()

@@ -21,7 +21,18 @@ EXACT = (Dense(), EF(Identity()), DEF(Identity()))
 LOSSY = (EF(BLOCK), DEF(BLOCK))
 # Not here: LBFGS (Horovod refuses to broadcast it), SparseAdam (sparse gradients only), Muon (matrices only).
 NAMES = (
-    "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD",
+    "Adadelta",
+    "Adafactor",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Adamax",
+    "ASGD",
+    "NAdam",
+    "RAdam",
+    "RMSprop",
+    "Rprop",
+    "SGD",
 )
 CLASSES = [getattr(torch.optim, name) for name in NAMES if hasattr(torch.optim, name)]
 

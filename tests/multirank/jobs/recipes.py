@@ -31,9 +31,16 @@ def names(compression: Any) -> dict[str, Any]:
     torch.manual_seed(hvd.rank())
     directory = hvd.broadcast_object(tempfile.mkdtemp(), name="test.directory")
     return {
-        "copy": copy, "torch": torch, "hvd": hvd, "hvd_compress": hvd_compress, "model": model, "optimizer": optimizer,
-        "batches": [(torch.randn(4, 5), torch.randn(4, 3)) for _ in range(6)], "device": "cpu",
-        "loss_function": nn.functional.mse_loss, "directory": Path(directory),
+        "copy": copy,
+        "torch": torch,
+        "hvd": hvd,
+        "hvd_compress": hvd_compress,
+        "model": model,
+        "optimizer": optimizer,
+        "batches": [(torch.randn(4, 5), torch.randn(4, 3)) for _ in range(6)],
+        "device": "cpu",
+        "loss_function": nn.functional.mse_loss,
+        "directory": Path(directory),
     }
 
 

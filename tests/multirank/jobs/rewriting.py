@@ -58,7 +58,10 @@ def put_in_new_storage(head: nn.Linear, new: nn.Linear) -> None:
 
 
 WAYS: tuple[Callable[[nn.Linear, nn.Linear], None], ...] = (
-    load, broadcast, broadcast_from_elsewhere, put_in_new_storage,
+    load,
+    broadcast,
+    broadcast_from_elsewhere,
+    put_in_new_storage,
 )
 
 

@@ -159,8 +159,13 @@ def check_several_ranks_refuse_graphs_of_gradients() -> None:
             optimizer.zero_grad()
             loss = loss_of(model, hvd.rank(), 0)
             if hvd.size() > 1:
-                raises(AssertionError, "create_graph=True", f"rank {hvd.rank()}", "autograd.grad",
-                       call=lambda loss=loss: loss.backward(create_graph=True))
+                raises(
+                    AssertionError,
+                    "create_graph=True",
+                    f"rank {hvd.rank()}",
+                    "autograd.grad",
+                    call=lambda loss=loss: loss.backward(create_graph=True),
+                )
                 optimizer.set_backward_passes_per_step(1)
             else:
                 loss.backward(create_graph=True)

@@ -25,9 +25,7 @@ EXACT = CountSketch(density=1.0, rows=3)
 
 def check_global_sketch() -> None:
     for masking in (True, False):
-        expected = plain.global_sketch(
-            hvd.size(), STEPS, 8, 4, matrix_of(SKETCH), schedule, heavy_ball, masking
-        )
+        expected = plain.global_sketch(hvd.size(), STEPS, 8, 4, matrix_of(SKETCH), schedule, heavy_ball, masking)
         for exchange in exchanges():
             compare(GlobalSketch(SKETCH, exchange, masking=masking, dense_vectors=False), expected, heavy_ball)
 
@@ -76,9 +74,7 @@ def check_trees_within_a_process_set() -> None:
     by_merging = plain.global_topk(2, STEPS, 0.1, schedule, heavy_ball)
     for algorithm, expected in ((sketch, by_sketch), (GlobalTopK(0.1), by_merging)):
         model, config = network(torch.float64), heavy_ball()
-        sgd = torch.optim.SGD(
-            model.parameters(), lr=0.02, momentum=config.momentum, weight_decay=config.weight_decay
-        )
+        sgd = torch.optim.SGD(model.parameters(), lr=0.02, momentum=config.momentum, weight_decay=config.weight_decay)
         optimizer = wrap(model, sgd, algorithm, process_set=some)
         for t in range(STEPS if some.included() else 0):
             optimizer.param_groups[0]["lr"] = schedule(t)
@@ -105,11 +101,19 @@ def check_mass() -> None:
 def check_trees_are_refused_without_mpi() -> None:
     if MPI() or hvd.size() == 1:
         return
-    for algorithm, owner in ((GlobalSketch(exchange="tree"), "GlobalSketch: exchange='tree'"),
-                             (GlobalTopK(), "GlobalTopK")):
+    for algorithm, owner in (
+        (GlobalSketch(exchange="tree"), "GlobalSketch: exchange='tree'"),
+        (GlobalTopK(), "GlobalTopK"),
+    ):
         model = network()
-        raises(ValueError, owner, "needs MPI", f"rank {hvd.rank()}", "mpirun",
-               call=lambda a=algorithm, m=model: wrap(m, torch.optim.SGD(m.parameters(), lr=0.1), a))
+        raises(
+            ValueError,
+            owner,
+            "needs MPI",
+            f"rank {hvd.rank()}",
+            "mpirun",
+            call=lambda a=algorithm, m=model: wrap(m, torch.optim.SGD(m.parameters(), lr=0.1), a),
+        )
 
 
 def check_trees_send_what_the_papers_say() -> None:

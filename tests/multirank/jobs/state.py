@@ -221,12 +221,17 @@ def check_consensus() -> None:
             with optimizer.consensus(point=name):
                 same_everywhere(flat(model), name)
                 forbidden = {
-                    "step": (), "synchronize": (), "load_state_dict": (optimizer.state_dict(),),
+                    "step": (),
+                    "synchronize": (),
+                    "load_state_dict": (optimizer.state_dict(),),
                     "add_param_group": ({"params": [torch.nn.Parameter(torch.ones(2))]},),
                 }
                 for action, args in forbidden.items():
-                    raises(RuntimeError, f"{action}() inside optimizer.consensus(",
-                           call=lambda o=optimizer, a=action, args=args: getattr(o, a)(*args))
+                    raises(
+                        RuntimeError,
+                        f"{action}() inside optimizer.consensus(",
+                        call=lambda o=optimizer, a=action, args=args: getattr(o, a)(*args),
+                    )
                 raises(RuntimeError, "consensus", call=lambda o=optimizer: o.consensus().__enter__())
             assert torch.equal(flat(model), point), "bitwise back"
             raises(KeyError, call=lambda o=optimizer, n=name: fail_inside(o, n))
@@ -287,7 +292,10 @@ def check_replica_check_stops_every_rank() -> None:
     if hvd.rank() == hvd.size() - 1:
         shared[0, 0] += 1e-6
     raises(
-        RuntimeError, "replicas differ", "'2.weight'", f"[{hvd.size() - 1}]",
+        RuntimeError,
+        "replicas differ",
+        "'2.weight'",
+        f"[{hvd.size() - 1}]",
         call=lambda: train(model, optimizer, 1, rate, first=3),
     )
 

@@ -128,8 +128,11 @@ def check_states_load_without_unpickling_code() -> None:
 def check_a_policy_keeps_small_tensors_dense() -> None:
     """Biases go dense, the rest in blocks: what is held back of biases is nothing, their mean is exact."""
     for default in (EF(RandomBlock(0.25)), DEF(RandomBlock(0.25), 0.0)):
-        rules: list[Any] = [Policy(default, dense_dims=1), Policy(default, dense_below=10),
-                            Policy(default, patterns={"*.bias": Dense()})]
+        rules: list[Any] = [
+            Policy(default, dense_dims=1),
+            Policy(default, dense_below=10),
+            Policy(default, patterns={"*.bias": Dense()}),
+        ]
         for policy in rules:
             model = network(torch.float64)
             optimizer = wrap(model, torch.optim.SGD(model.parameters(), lr=0.1), policy)
@@ -164,8 +167,13 @@ def check_groups_may_come_in_another_order_but_not_be_others() -> None:
     if hvd.size() == 1:
         return
     other = [[p[0], p[2 if hvd.rank() == 0 else 3]]]
-    raises(ValueError, "groups", "disagree", f"this is rank {hvd.rank()}",
-           call=lambda: wrap(model, torch.optim.SGD(p, lr=0.1), Dense(), groups=other))
+    raises(
+        ValueError,
+        "groups",
+        "disagree",
+        f"this is rank {hvd.rank()}",
+        call=lambda: wrap(model, torch.optim.SGD(p, lr=0.1), Dense(), groups=other),
+    )
 
 
 if __name__ == "__main__":

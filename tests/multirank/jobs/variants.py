@@ -145,8 +145,12 @@ def check_policies() -> None:
 
 def check_mass() -> None:
     algorithms: tuple[Any, ...] = (
-        EF(Warmup(TopK(0.1), STAGES, 5)), DEF(Warmup(BLOCK, STAGES, 5), 0.3), DEF(BLOCK, "auto"),
-        DEF(TopK(0.1, sampled=True), 0.0, masking=True, clip_norm=1.0), DistEF(BLOCK, BlockSign()), *policies(),
+        EF(Warmup(TopK(0.1), STAGES, 5)),
+        DEF(Warmup(BLOCK, STAGES, 5), 0.3),
+        DEF(BLOCK, "auto"),
+        DEF(TopK(0.1, sampled=True), 0.0, masking=True, clip_norm=1.0),
+        DistEF(BLOCK, BlockSign()),
+        *policies(),
     )
     for algorithm in algorithms:
         keep_mass(algorithm)

@@ -1,0 +1,284 @@
+"""Fingerprint training: one line per algorithm, compressor and number of ranks that changes if any bit of it does.
+
+Each case trains 30 steps with momentum, weight decay, a warm-up and a drop of the learning rate. Its line hashes the
+parameters after every step and the shared and virtual models now and then, hashes the residuals at the end, and adds
+up the bytes sent. A change of the package that is meant to change no number leaves every line as it was:
+
+    python scripts/fingerprint.py             # run everything, compare with the stored lines
+    python scripts/fingerprint.py --write     # run everything, store the lines
+    python scripts/fingerprint.py --package ../other-checkout --write --file /tmp/other.json
+
+Gradients and updates are elementwise arithmetic on purpose, so that the lines depend on the processor as little as
+possible. What still does (QR, norms) differs between machines: compare two versions of the package on one machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any, Callable
+
+ROOT = Path(__file__).resolve().parent.parent
+STORED = ROOT / "benchmarks" / "results" / "fingerprint.json"
+STEPS, WARMUP, DROP = 30, 5, 20
+SHAPES = {"a.weight": (24, 16), "a.bias": (24,), "b.weight": (8, 4, 3, 3), "b.bias": (8,), "c.weight": (10, 30)}
+JOBS = (("gloo", 1), ("gloo", 2), ("gloo", 3), ("mpi", 2), ("mpi", 3))
+Case = tuple[Any, dict[str, Any]]
+
+# Cases whose numbers were changed on purpose since the lines were stored: beginning of the name, and the reason.
+EXPECTED: dict[str, str] = {}
+
+
+# -- one rank --------------------------------------------------------------------------------------------
+
+
+def cases(launcher: str, ranks: int) -> dict[str, Case]:
+    """Return every algorithm with every compressor it permits, and the options that change what is computed."""
+    import horovod.torch as hvd
+    import torch
+
+    import hvd_compress as hc
+
+    compressors = {
+        "Identity": hc.Identity(),
+        "Cast": hc.Cast(),
+        "RandomBlock": hc.RandomBlock(1 / 8, seed=3),
+        "RandomK": hc.RandomK(1 / 8, seed=3),
+        "TopK": hc.TopK(0.05),
+        "TopK sampled": hc.TopK(0.05, sampled=True),
+        "BlockSign": hc.BlockSign(),
+        "BlockSign(16)": hc.BlockSign(16),
+        "LowRank": hc.LowRank(2),
+        "Warmup(TopK)": hc.Warmup(hc.TopK(0.05), (1.0, 0.25), 8),
+        "Warmup(RandomBlock)": hc.Warmup(hc.RandomBlock(1 / 8), (1.0, 0.5), 8),
+    }
+    block, top = compressors["RandomBlock"], compressors["TopK"]
+    two_way = {name: c for name, c in compressors.items() if name.partition("(")[0] not in ("LowRank", "Warmup")}
+    sketch = hc.CountSketch(columns=64, rows=3, seed=2)
+    found: dict[str, Case] = {}
+
+    def add(name: str, algorithm: Any, **options: Any) -> None:
+        found[name] = (algorithm, options)
+
+    tree = launcher == "mpi" or ranks == 1
+    if tree:
+        add("GlobalTopK", hc.GlobalTopK(0.05))
+        add("GlobalTopK, unscaled residual", hc.GlobalTopK(0.05, rescale_residual=False))
+        add("GlobalSketch(tree)", hc.GlobalSketch(sketch, "tree"))
+    if launcher == "mpi":
+        return found
+    add("Dense", hc.Dense())
+    add("Dense(Cast)", hc.Dense(hc.Cast()))
+    add("Dense, Sum", hc.Dense(), op=hvd.Sum)
+    add("Dense, bfloat16", hc.Dense(), dtype=torch.bfloat16)
+    add("Compression.fp16", hc.Compression.fp16)
+    for name, compressor in compressors.items():
+        add(f"EF({name})", hc.EF(compressor))
+        add(f"DEF({name})", hc.DEF(compressor))
+    for name in ("RandomBlock", "TopK", "Cast"):
+        add(f"EF({name}), unscaled residual", hc.EF(compressors[name], rescale_residual=False))
+        add(f"EF({name}), Sum", hc.EF(compressors[name]), op=hvd.Sum)
+        add(f"EF({name}), predivided", hc.EF(compressors[name]), gradient_predivide_factor=2.0)
+        add(f"EF({name}), bfloat16", hc.EF(compressors[name]), dtype=torch.bfloat16)
+        add(f"EF({name}), float64", hc.EF(compressors[name]), dtype=torch.float64)
+        add(f"EF({name}), Adam", hc.EF(compressors[name]), optimizer="adam")
+        add(f"DEF({name}), unscaled residual", hc.DEF(compressors[name], rescale_residual=False))
+        add(f"DEF({name}), coefficient 0", hc.DEF(compressors[name], 0.0))
+        add(f"DEF({name}), coefficient 1", hc.DEF(compressors[name], 1.0))
+        add(f"DEF({name}), 3 local steps", hc.DEF(compressors[name], local_steps=3))
+        add(f"DEF({name}), Sum", hc.DEF(compressors[name]), op=hvd.Sum)
+        add(f"DEF({name}), bfloat16", hc.DEF(compressors[name]), dtype=torch.bfloat16)
+        add(f"DEF({name}), float64", hc.DEF(compressors[name]), dtype=torch.float64)
+        add(f"DEF({name}), Adam", hc.DEF(compressors[name]), optimizer="adam")
+    for name in ("RandomBlock", "RandomK", "TopK", "TopK sampled"):
+        add(f"DEF({name}), masking", hc.DEF(compressors[name], 0.0, masking=True, clip_norm=1.0))
+    for name in ("Identity", "Cast", "RandomBlock", "RandomK"):
+        add(f"DEF({name}), auto", hc.DEF(compressors[name], "auto"))
+    add("EF(RandomBlock), two passes", hc.EF(block), backward_passes_per_step=2)
+    add("EF(RandomBlock), groups", hc.EF(block), groups=2)
+    add("DEF(RandomBlock), two passes", hc.DEF(block), backward_passes_per_step=2)
+    for name, compressor in two_way.items():
+        add(f"DistEF({name})", hc.DistEF(compressor))
+        add(f"LIEC({name})", hc.LIEC(compressor, averaging_period=7))
+    add("DistEF(TopK, BlockSign)", hc.DistEF(top, hc.BlockSign()))
+    add("DistEF(BlockSign), unscaled residual", hc.DistEF(rescale_residual=False))
+    add("DistEF(BlockSign), nesterov", hc.DistEF(), optimizer="nesterov")
+    add("LIEC(BlockSign), unscaled residual", hc.LIEC(averaging_period=7, rescale_residual=False))
+    add("LIEC(BlockSign), Sum", hc.LIEC(averaging_period=7), op=hvd.Sum)
+    add("LIEC(BlockSign), bfloat16", hc.LIEC(averaging_period=7), dtype=torch.bfloat16)
+    for exchange in ("allreduce", "allgather"):
+        add(f"GlobalSketch({exchange})", hc.GlobalSketch(sketch, exchange))
+        add(f"GlobalSketch({exchange}), unmasked", hc.GlobalSketch(sketch, exchange, k=20, masking=False))
+    add("GlobalSketch(density)", hc.GlobalSketch(hc.CountSketch(0.2), clip_norm=1.0, dense_vectors=False))
+    add("GlobalSketch, unscaled residual", hc.GlobalSketch(sketch, rescale_residual=False))
+    add("Policy of gradients", hc.Policy(hc.EF(block), dense_dims=1, patterns={"c.*": hc.EF(top)}))
+    add("Policy of updates", hc.Policy(hc.DEF(block), dense_dims=1, groups={1: hc.DistEF()}))
+    return found
+
+
+def learning_rate(step: int) -> float:
+    """Return the rate of a step: a warm-up, a plateau, a drop."""
+    return 0.1 * min(1.0, (step + 1) / WARMUP) * (0.1 if step >= DROP else 1.0)
+
+
+def train(algorithm: Any, options: dict[str, Any]) -> str:
+    """Train one case on all ranks and return its line, the same on each."""
+    import horovod.torch as hvd
+    import torch
+
+    import hvd_compress
+
+    dtype, kind = options.pop("dtype", torch.float32), options.pop("optimizer", "sgd")
+    model = torch.nn.ParameterDict(
+        {
+            name.replace(".", "_"): torch.nn.Parameter(_ramp(shape, 7 * index).to(dtype))
+            for index, (name, shape) in enumerate(SHAPES.items())
+        }
+    )
+    parameters = list(model.values())
+    groups: list[dict[str, Any]] = [
+        {"params": parameters[:4], "weight_decay": 1e-2},
+        {"params": parameters[4:], "weight_decay": 1e-3},
+    ]
+    make: dict[str, Callable[..., torch.optim.Optimizer]] = {
+        "sgd": functools.partial(torch.optim.SGD, momentum=0.9),
+        "nesterov": functools.partial(torch.optim.SGD, momentum=0.9, nesterov=True),
+        "adam": torch.optim.Adam,
+    }
+    optimizer = hvd_compress.DistributedOptimizer(
+        make[kind](groups, lr=0.1), list(zip(SHAPES, parameters)), compression=algorithm, **options
+    )
+    points, residuals, sent = hashlib.sha256(), hashlib.sha256(), 0.0
+    for step in range(STEPS):
+        for index, group in enumerate(optimizer.param_groups):
+            group["lr"] = learning_rate(step) * (0.01 if kind == "adam" else 1.0) / (1 + index)
+        optimizer.zero_grad()
+        for part in range(options.get("backward_passes_per_step", 1)):
+            loss = torch.zeros((), dtype=torch.float64)
+            for index, parameter in enumerate(parameters):
+                target = _ramp(parameter.shape, 31 * step + 97 * hvd.rank() + 11 * index + 53 * part).to(dtype)
+                loss = loss + ((index + 1) * 0.3 * (parameter - target).square()).double().sum()
+            loss.backward()
+        optimizer.step()
+        _add(points, parameters)
+        sent += optimizer.stats().bytes_sent
+        if step % 10 == 9:
+            with optimizer.consensus():
+                _add(points, parameters)
+            if kind != "adam":
+                with optimizer.consensus("virtual"):
+                    _add(points, parameters)
+    _add(residuals, [r for r in (state.residual() for state in optimizer._reducer.states) if r is not None])
+    every = hvd.allgather_object((points.hexdigest(), residuals.hexdigest(), sent))
+    digests = [hashlib.sha256("".join(values).encode()).hexdigest()[:12] for values in list(zip(*every))[:2]]
+    return f"parameters {digests[0]}  residuals {digests[1]}  bytes {sum(sent for *_, sent in every):.1f}"
+
+
+def _ramp(shape: Any, shift: int) -> Any:
+    """Return numbers in [-0.5, 0.5) that are the same on every machine, in float32."""
+    import torch
+
+    numel = torch.Size(shape).numel()
+    return ((torch.arange(numel) * 2654435761 + shift * 40503) % 1024).float().div_(1024).sub_(0.5).view(shape)
+
+
+def _add(digest: Any, tensors: Any) -> None:
+    import torch
+
+    for tensor in tensors:
+        digest.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+
+
+def worker(launcher: str, wanted: str, output: Path) -> None:
+    """Train every case on this rank; rank 0 writes the lines."""
+    import horovod.torch as hvd
+    import torch
+
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    hvd.init()
+    chosen = {name: case for name, case in cases(launcher, hvd.size()).items() if wanted in name}
+    lines = {name: train(*case) for name, case in chosen.items()}
+    if hvd.rank() == 0:
+        output.write_text(json.dumps(lines))
+
+
+# -- all jobs --------------------------------------------------------------------------------------------
+
+
+def measure(args: argparse.Namespace) -> dict[str, dict[str, str]]:
+    """Run every job, with compiled loops and without, and return the lines by job."""
+    import tempfile
+
+    from tests.multirank.harness import launch
+
+    found: dict[str, dict[str, str]] = {}
+    for native in ("1", "0"):
+        for launcher, ranks in JOBS:
+            if ranks not in args.ranks:
+                continue
+            name = f"{launcher} {ranks}, {'compiled' if native == '1' else 'fallback'} loops"
+            with tempfile.TemporaryDirectory() as directory:
+                output = Path(directory) / "lines.json"
+                line = [sys.executable, str(Path(__file__)), "--worker", launcher, "--only", args.only]
+                path = f"{args.package.resolve()}:{ROOT}"
+                env = {"HVD_COMPRESS_NATIVE": native, "PYTHONPATH": path}
+                ended = launch([*line, "--file", str(output)], ranks, launcher, env=env)
+                if ended.returncode != 0 or not output.exists():
+                    raise SystemExit(f"{name} ended with {ended.returncode}:\n{ended.output[-5000:]}")
+                found[name] = json.loads(output.read_text())
+            print(f"{name}: {len(found[name])} cases", flush=True)
+    return found
+
+
+def compare(found: dict[str, dict[str, str]], stored: dict[str, dict[str, str]]) -> int:
+    """Print every line that differs from the stored one and return how many are not expected."""
+    unexpected = equal = 0
+    for job, lines in found.items():
+        for name, line in lines.items():
+            before = stored.get(job, {}).get(name)
+            if line == before:
+                equal += 1
+                continue
+            reason = next((why for start, why in EXPECTED.items() if name.startswith(start)), None)
+            unexpected += reason is None
+            print(f"{job}, {name}: {reason or 'DIFFERS'}\n    stored {before}\n    now    {line}")
+    print(f"{equal} lines equal, {unexpected} differ unexpectedly")
+    return unexpected
+
+
+def main() -> None:
+    """Parse the command line; exit with 1 if a line differs that should not."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="store the lines instead of comparing them")
+    parser.add_argument("--file", type=Path, default=STORED, help="where lines are stored")
+    parser.add_argument("--package", type=Path, default=ROOT, help="checkout whose hvd_compress is run")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 3], help="numbers of ranks")
+    parser.add_argument("--only", default="", help="run only the cases whose name contains this")
+    parser.add_argument("--worker", metavar="LAUNCHER", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        return worker(args.worker, args.only, args.file)
+    sys.path.insert(0, str(ROOT))
+    from benchmarks.surroundings import surroundings
+
+    head = surroundings("scripts/fingerprint.py")
+    found = measure(args)
+    if args.write:
+        args.file.write_text(json.dumps({**head, "lines": found}, indent=1) + "\n")
+        return None
+    stored = json.loads(args.file.read_text())
+    if stored["cpu"] != head["cpu"]:
+        print(f"stored on {stored['cpu']}, running on {head['cpu']}: norms and factorisations may differ")
+    raise SystemExit(1 if compare(found, stored["lines"]) else 0)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    main()
