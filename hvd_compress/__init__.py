@@ -4,9 +4,9 @@ from typing import TYPE_CHECKING
 
 from hvd_compress import compressors
 from hvd_compress.algorithms import DEF, EF, LIEC, Algorithm, Dense, DistEF, GlobalSketch, GlobalTopK
-from hvd_compress.collectives import Adasum, Average, Compression, ProcessSet, Sum, global_process_set
+from hvd_compress.algorithms.policy import Policy
+from hvd_compress.comm.communicator import Adasum, Average, Compression, ProcessSet, Sum, global_process_set
 from hvd_compress.optimizer import DistributedOptimizer
-from hvd_compress.policy import Policy
 from hvd_compress.telemetry import Stats
 
 __version__ = "0.1.0"

@@ -11,7 +11,7 @@ class Stats:
 
     Attributes:
         steps: exchanges done so far.
-        bytes_sent: bytes put on the wire by the last exchange, by the formula of the collective (ring
+        bytes_sent: bytes put on the payload by the last exchange, by the formula of the collective (ring
             allreduce: ``2 (P-1)/P`` times the payload), without the headers of the network.
         total_bytes_sent: everything sent since the optimizer was built, ``consensus`` and ``flush`` included.
         dense_bytes: what the last exchange would have sent uncompressed, in the parameters' dtype.
@@ -72,7 +72,7 @@ class Recorder:
         self.current.wait_seconds += seconds
 
     def close_step(self, sent: float) -> None:
-        """The exchange is complete; the link has sent ``sent`` bytes since the beginning."""
+        """The exchange is complete; the comm has sent ``sent`` bytes since the beginning."""
         self.steps += 1
         self.last, self.current = self.current, Figures()
         self.last.bytes_sent, self.counted = sent - self.counted, sent
@@ -80,7 +80,7 @@ class Recorder:
             setattr(self.total, name, getattr(self.total, name) + value)
 
     def between_steps(self, sent: float) -> None:
-        """What the link has sent since the last step was not for an exchange (consensus, flush)."""
+        """What the comm has sent since the last step was not for an exchange (consensus, flush)."""
         self.counted = sent
 
     def aside(self, sent: float) -> None:

@@ -2,11 +2,11 @@
 
 from hvd_compress.algorithms.base import Algorithm
 from hvd_compress.algorithms.dense import Dense
-from hvd_compress.algorithms.detached import DEF
+from hvd_compress.algorithms.detached_ef import DEF
 from hvd_compress.algorithms.dist_ef import DistEF
 from hvd_compress.algorithms.error_feedback import EF
+from hvd_compress.algorithms.global_sketch import GlobalSketch
 from hvd_compress.algorithms.global_topk import GlobalTopK
-from hvd_compress.algorithms.local_immediate import LIEC
-from hvd_compress.algorithms.sketched import GlobalSketch
+from hvd_compress.algorithms.liec import LIEC
 
 __all__ = ["Algorithm", "DEF", "Dense", "DistEF", "EF", "GlobalSketch", "GlobalTopK", "LIEC"]

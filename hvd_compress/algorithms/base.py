@@ -11,9 +11,9 @@ import abc
 import math
 from typing import ClassVar, Optional, Sequence
 
-from hvd_compress.algorithms.states import State
-from hvd_compress.buckets import BUCKET_BYTES, Bucket, Entry
-from hvd_compress.collectives import Link
+from hvd_compress.algorithms.bucket_state import State
+from hvd_compress.bucket import BUCKET_BYTES, Bucket, ParamEntry
+from hvd_compress.comm.communicator import Communicator
 from hvd_compress.compressors import Combine, Compressor, Warmup
 from hvd_compress.exchange import Context
 
@@ -56,11 +56,11 @@ class Algorithm(abc.ABC):
         """Whether parameter groups get buckets of their own, as their learning rates matter."""
         return not self.exchanges_updates or not getattr(self, "rescale_residual", True)
 
-    def choose(self, entry: Entry) -> Algorithm:
+    def choose(self, entry: ParamEntry) -> Algorithm:
         """The algorithm for one parameter: this one, unless it leaves some to another."""
         return self
 
-    def check(self, link: Link) -> None:  # noqa: B027
+    def check(self, comm: Communicator) -> None:  # noqa: B027
         """Raise ValueError, alike on every rank, if this job cannot run the algorithm."""
 
     @abc.abstractmethod
@@ -79,7 +79,7 @@ def limit_for(compressor: Optional[Compressor], ranks: int, gathered: Optional[b
     if isinstance(compressor, Warmup):
         return min(limit_for(stage, ranks, gathered) for stage in compressor.stages)
     together = ranks if (compressor.combine is Combine.GATHER if gathered is None else gathered) else 1
-    return min(BUCKET_LIMIT, PAYLOAD_LIMIT / (together * compressor.fraction))
+    return min(BUCKET_LIMIT, PAYLOAD_LIMIT / (together * compressor.payload_ratio))
 
 
 def require_compressor(owner: str, argument: str, value: object) -> Compressor:

@@ -3,39 +3,56 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+import warnings
+from dataclasses import dataclass
 from typing import Optional, Sequence
 
 import torch
 from torch import Tensor
 
 from hvd_compress.algorithms.base import Algorithm
-from hvd_compress.algorithms.states import GradientState, Rate
-from hvd_compress.buckets import Bucket, Mirror
+from hvd_compress.algorithms.bucket_state import GradientState, Rate
+from hvd_compress.bucket import Bucket, FlatBuffer
 from hvd_compress.compressors import Cast, Compressor, Identity
-from hvd_compress.exchange import Context, Ring
+from hvd_compress.exchange import Context, FlatAllreduce
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Dense(Algorithm):
     """Average gradients in contiguous buckets, nothing compressed, nothing remembered.
 
     Args:
-        wire: ``Identity()``, or ``Cast(torch.float16)`` for what Horovod calls ``Compression.fp16``. Nothing
+        compressor: ``Identity()``, or ``Cast(torch.float16)`` for what Horovod calls ``Compression.fp16``. Nothing
             keeps what the cast loses, so a value beyond its range becomes an infinity that can be seen.
+        wire: deprecated name of ``compressor``.
 
     Raises:
-        ValueError: if ``wire`` is another compressor: it would lose what it does not send.
+        ValueError: if ``compressor`` is another compressor: it would lose what it does not send.
     """
 
-    wire: Compressor = field(default_factory=Identity)
+    compressor: Compressor = Identity()  # noqa: RUF009 - frozen
 
-    def __post_init__(self) -> None:
-        if not isinstance(self.wire, (Identity, Cast)):
+    def __init__(
+        self,
+        compressor: Compressor = Identity(),  # noqa: B008 - frozen
+        *,
+        wire: Optional[Compressor] = None,
+    ) -> None:
+        if wire is not None:
+            warnings.warn("Dense(wire=...) is now Dense(compressor=...)", DeprecationWarning, stacklevel=2)
+            compressor = wire
+        if not isinstance(compressor, (Identity, Cast)):
             raise ValueError(
-                f"Dense: wire={self.wire!r} is not allowed; it must be Identity() or Cast(...). "
+                f"Dense: compressor={compressor!r} is not allowed; it must be Identity() or Cast(...). "
                 "Lossy compressors need error feedback: use EF(...) or DEF(...)"
             )
+        object.__setattr__(self, "compressor", compressor)
+
+    @property
+    def wire(self) -> Compressor:
+        """Return ``compressor`` by its deprecated name."""
+        warnings.warn("Dense.wire is now Dense.compressor", DeprecationWarning, stacklevel=2)
+        return self.compressor
 
     def attach(self, bucket: Bucket, context: Context) -> GradientState:
         return _DenseState(self, bucket, context)
@@ -48,16 +65,18 @@ class _DenseState(GradientState):
 
     def __init__(self, config: Dense, bucket: Bucket, context: Context) -> None:
         self.bucket, self._context = bucket, context
-        self.out = bucket.mirror(bucket.dtype)
+        self.out = bucket.flat_buffer(bucket.dtype)
         # Horovod cannot sum bfloat16; other dtypes travel as they are unless a Cast narrows them.
         wire_dtype = torch.float32 if bucket.dtype == torch.bfloat16 else bucket.dtype
-        if isinstance(config.wire, Cast) and config.wire.dtype.itemsize < wire_dtype.itemsize:
-            wire_dtype = config.wire.dtype
-        self._wire = self.out.flat if wire_dtype == bucket.dtype else torch.zeros_like(self.out.flat, dtype=wire_dtype)
-        self._ring = Ring(self._wire, "dense", bucket, context)
+        if isinstance(config.compressor, Cast) and config.compressor.dtype.itemsize < wire_dtype.itemsize:
+            wire_dtype = config.compressor.dtype
+        self._payload = (
+            self.out.flat if wire_dtype == bucket.dtype else torch.zeros_like(self.out.flat, dtype=wire_dtype)
+        )
+        self._ring = FlatAllreduce(self._payload, "dense", bucket, context)
         self._absorbed: set[int] = set()
 
-    def absorb(self, index: int, gradient: Tensor, rate: Rate) -> Optional[Tensor]:
+    def accumulate_grad(self, index: int, gradient: Tensor, rate: Rate) -> Optional[Tensor]:
         view = self.out.views[index]
         self._absorbed.add(index)
         if gradient.data_ptr() == view.data_ptr():
@@ -65,13 +84,13 @@ class _DenseState(GradientState):
         view.copy_(gradient)
         return view.detach()
 
-    def abandon(self) -> None:
+    def discard_step(self) -> None:
         self._absorbed.clear()
 
-    def cancel(self) -> None:
+    def drain(self) -> None:
         self._ring.wait()
 
-    def buffers(self) -> dict[str, Mirror]:
+    def buffers(self) -> dict[str, FlatBuffer]:
         return {}
 
     def start(self, step: int, gradients: Sequence[Optional[Tensor]], rate: Rate) -> None:
@@ -90,8 +109,8 @@ class _DenseState(GradientState):
             torch._foreach_zero_(missing)
         if targets:
             torch._foreach_copy_(targets, sources)
-        if self._wire is not self.out.flat:
-            self._wire.copy_(self.out.flat)
+        if self._payload is not self.out.flat:
+            self._payload.copy_(self.out.flat)
         self._ring.launch()
         self._context.recorder.encode_seconds(time.perf_counter() - begin)
 
@@ -99,8 +118,8 @@ class _DenseState(GradientState):
         begin = time.perf_counter()
         self._ring.wait()
         waited = time.perf_counter()
-        if self._wire is not self.out.flat:
-            self.out.flat.copy_(self._wire)
+        if self._payload is not self.out.flat:
+            self.out.flat.copy_(self._payload)
         self._context.recorder.wait_seconds(waited - begin)
         self._context.recorder.decode_seconds(time.perf_counter() - waited)
         return [view.detach() for view in self.out.views]  # whose memory the user may exchange: p.grad.data = ...

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from hvd_compress import validation
 from hvd_compress.algorithms.base import Algorithm, limit_for, require_combining, require_constant
-from hvd_compress.algorithms.states import UpdateState
-from hvd_compress.algorithms.updates import HeldUpdates
-from hvd_compress.buckets import Bucket, Mirror
+from hvd_compress.algorithms.bucket_state import UpdateState
+from hvd_compress.algorithms.update_state import HeldUpdates
+from hvd_compress.bucket import Bucket, FlatBuffer
 from hvd_compress.compressors import BlockSign, Combine, Compressor
-from hvd_compress.exchange import Context, TwoWayExchange
+from hvd_compress.exchange import Context, ShardedServerExchange
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,10 @@ class _DistEFState(HeldUpdates):
     def __init__(self, config: DistEF, bucket: Bucket, context: Context) -> None:
         super().__init__(bucket, context, config.rescale_residual)
         server = config.compressor if config.server_compressor is None else config.server_compressor
-        self._exchange = TwoWayExchange(bucket, config.compressor, server, context)
+        self._exchange = ShardedServerExchange(bucket, config.compressor, server, context)
 
-    def buffers(self) -> dict[str, Mirror]:
-        return {**super().buffers(), "server": self._exchange.mirror()}
+    def buffers(self) -> dict[str, FlatBuffer]:
+        return {**super().buffers(), "server": self._exchange.error_buffer()}
 
     def residual(self) -> Optional[Tensor]:
         return torch.cat((self.held.flat, self._exchange.error))
@@ -98,18 +98,18 @@ class _DistEFState(HeldUpdates):
         if (handed_back := self._exchange.resettle()) is not None:
             self.held.flat.add_(handed_back)
         self.take_in(lr)
-        self._exchange.begin(step)
+        self._exchange.set_step(step)
         self._exchange.encode(self.held.flat)
         self._exchange.launch()
         self.context.recorder.encode_seconds(time.perf_counter() - begin)
 
-    def advance(self) -> None:
-        self._exchange.answer()
+    def next_round(self) -> None:
+        self._exchange.next_round()
 
     def finish(self) -> None:
         self._exchange.wait()
         begin = time.perf_counter()
-        self._exchange.keep_back(self.held.flat)
-        self._exchange.deliver(self.shared.flat, -1.0)
+        self._exchange.subtract_sent(self.held.flat)
+        self._exchange.add_aggregate(self.shared.flat, -1.0)
         self.place()
         self.context.recorder.decode_seconds(time.perf_counter() - begin)

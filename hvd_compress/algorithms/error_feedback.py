@@ -12,8 +12,8 @@ from torch import Tensor
 
 from hvd_compress import validation
 from hvd_compress.algorithms.base import Algorithm, require_combining
-from hvd_compress.algorithms.states import GradientState, Rate
-from hvd_compress.buckets import BUCKET_BYTES, PAYLOAD_BYTES, Bucket, Mirror
+from hvd_compress.algorithms.bucket_state import GradientState, Rate
+from hvd_compress.bucket import BUCKET_BYTES, PAYLOAD_BYTES, Bucket, FlatBuffer
 from hvd_compress.compressors import Combine, Compressor, Identity
 from hvd_compress.exchange import Context, exchange_for
 
@@ -49,7 +49,7 @@ class EF(Algorithm):
 
     @property
     def bucket_bytes(self) -> float:
-        return max(BUCKET_BYTES, PAYLOAD_BYTES / self.compressor.fraction)
+        return max(BUCKET_BYTES, PAYLOAD_BYTES / self.compressor.payload_ratio)
 
     def attach(self, bucket: Bucket, context: Context) -> GradientState:
         return _EFState(self, bucket, context)
@@ -70,13 +70,13 @@ class _EFState(GradientState):
         self.bucket, self._config, self._context = bucket, config, context
         self.delays = not isinstance(config.compressor, Identity)
         self._exchange = exchange_for(bucket, config.compressor, context)
-        self._residual = bucket.mirror(bucket.state_dtype)
+        self._residual = bucket.flat_buffer(bucket.state_dtype)
         self._targets: list[Optional[Tensor]] = [None] * len(bucket.parameters)
         self._absorbed = False
         self._unit, self._loss_scale = 1.0, 1.0
 
-    def buffers(self) -> dict[str, Mirror]:
-        return {"residual": self._residual, **self._exchange.memory()}
+    def buffers(self) -> dict[str, FlatBuffer]:
+        return {"residual": self._residual, **self._exchange.warm_start()}
 
     def scalars(self) -> dict[str, Any]:
         return {"unit": self._unit, "lr": self._lr, "owed_at": self.owed_at}
@@ -102,7 +102,7 @@ class _EFState(GradientState):
                 self._unit *= fold
         self._loss_scale = rate.loss_scale
 
-    def absorb(self, index: int, gradient: Tensor, rate: Rate) -> Optional[Tensor]:
+    def accumulate_grad(self, index: int, gradient: Tensor, rate: Rate) -> Optional[Tensor]:
         if not self._absorbed:
             self._follow(rate)
             self._absorbed = True
@@ -111,13 +111,13 @@ class _EFState(GradientState):
         self._targets[index] = gradient
         return gradient
 
-    def abandon(self) -> None:
+    def discard_step(self) -> None:
         # What was absorbed stays in the residual and is sent with the next step.
         self._targets = [None] * len(self._targets)
         self._absorbed = False
 
-    def cancel(self) -> None:
-        self._exchange.cancel()
+    def drain(self) -> None:
+        self._exchange.drain()
 
     def start(self, step: int, gradients: Sequence[Optional[Tensor]], rate: Rate) -> None:
         begin = time.perf_counter()
@@ -128,15 +128,15 @@ class _EFState(GradientState):
             found = [gradients[i] for i in fresh]
             views = [self._residual.views[i] for i in fresh]
             torch._foreach_add_(views, found, alpha=self._unit / rate.loss_scale)  # type: ignore[arg-type]
-        self._exchange.begin(step)
+        self._exchange.set_step(step)
         self._exchange.encode(self._residual.flat)
         self._exchange.launch()
         for i in fresh:
             self._targets[i] = gradients[i]
         self._context.recorder.encode_seconds(time.perf_counter() - begin)
 
-    def advance(self) -> None:
-        self._exchange.answer()
+    def next_round(self) -> None:
+        self._exchange.next_round()
 
     def finish(self) -> list[Tensor]:
         begin = time.perf_counter()
@@ -146,16 +146,16 @@ class _EFState(GradientState):
         self._exchange.wait()
         begin = time.perf_counter()
         # Only now is what was sent no longer owed: had the exchange failed, nothing would be lost.
-        self._exchange.keep_back(self._residual.flat)
+        self._exchange.subtract_sent(self._residual.flat)
         flats = [t.as_strided((t.numel(),), (1,)) for t in targets]
-        self._exchange.scatter(flats, self._loss_scale / self._unit)
-        self.abandon()
+        self._exchange.write_aggregate(flats, self._loss_scale / self._unit)
+        self.discard_step()
         self._context.recorder.decode_seconds(time.perf_counter() - begin)
         return targets
 
     def debt(self) -> Optional[Tensor]:
         # With op=Sum the wrapped optimizer will see the ranks' sum.
-        shares = 1 if self._context.averages else self._context.link.size
+        shares = 1 if self._context.averages else self._context.comm.size
         return self._residual.flat * (shares / self._unit)
 
     def forgive(self) -> None:

@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hvd_compress import mpi, validation
+from hvd_compress import validation
 from hvd_compress.algorithms.base import Algorithm
-from hvd_compress.algorithms.states import UpdateState
-from hvd_compress.algorithms.updates import HeldUpdates
-from hvd_compress.buckets import Bucket
-from hvd_compress.collectives import Link
+from hvd_compress.algorithms.bucket_state import UpdateState
+from hvd_compress.algorithms.update_state import HeldUpdates
+from hvd_compress.bucket import Bucket
+from hvd_compress.comm import mpi_tree as mpi
+from hvd_compress.comm.communicator import Communicator
 from hvd_compress.compressors import TopK
 from hvd_compress.compressors.topk import TopKCodec
 from hvd_compress.exchange import Context
@@ -52,8 +53,8 @@ class GlobalTopK(Algorithm):
         object.__setattr__(self, "density", float(self.density))  # one repr: ranks compare it
         validation.boolean("GlobalTopK", "rescale_residual", self.rescale_residual)
 
-    def check(self, link: Link) -> None:
-        mpi.require("GlobalTopK", link)
+    def check(self, comm: Communicator) -> None:
+        mpi.require("GlobalTopK", comm)
 
     @property
     def gathers(self) -> bool:
@@ -69,7 +70,7 @@ class _GlobalTopKState(HeldUpdates):
     def __init__(self, config: GlobalTopK, bucket: Bucket, context: Context) -> None:
         super().__init__(bucket, context, config.rescale_residual)
         self._codec: TopKCodec = TopK(config.density).codec(bucket.layout, bucket.state_dtype, bucket.device)
-        self._tree = mpi.Tree(context.link)
+        self._tree = mpi.Tree(context.comm)
         self._sent = torch.zeros(self._codec.numel, dtype=torch.uint8, device=bucket.device)
         self._merged = self._sent
         self._dropped: list[tuple[Tensor, Tensor]] = []
@@ -77,11 +78,11 @@ class _GlobalTopKState(HeldUpdates):
     def start(self, step: int, lr: float) -> None:
         begin = time.perf_counter()
         self.take_in(lr)
-        self._codec.begin(step)
+        self._codec.set_step(step)
         self._codec.encode(self.held.flat, self._sent)
         self.context.recorder.encode_seconds(time.perf_counter() - begin)
 
-    def advance(self) -> None:
+    def next_round(self) -> None:
         begin = time.perf_counter()
         self._dropped = []
         merged = self._tree.reduce(self._sent.to("cpu").numpy(), self._merge)
@@ -99,7 +100,7 @@ class _GlobalTopKState(HeldUpdates):
         for indices, sums in self._dropped:
             self.held.flat.index_add_(0, indices.to(self.bucket.device), sums.to(self.bucket.device))
         self._dropped = []
-        self._codec.accumulate(self._merged, self.shared.flat, -1.0 / self.context.link.size)
+        self._codec.accumulate(self._merged, self.shared.flat, -1.0 / self.context.comm.size)
         self.place()
         self.context.recorder.decode_seconds(time.perf_counter() - begin)
 

@@ -11,6 +11,8 @@ from hvd_compress.compressors.base import Layout as Layout
 from hvd_compress.compressors.base import Payload as Payload
 from hvd_compress.compressors.base import ShardedCodec as ShardedCodec
 from hvd_compress.compressors.base import SummableCodec as SummableCodec
+from hvd_compress.compressors.cast import Cast as Cast
+from hvd_compress.compressors.cast import Identity as Identity
 from hvd_compress.compressors.count_sketch import CountSketch as CountSketch
 from hvd_compress.compressors.low_rank import LowRank as LowRank
 from hvd_compress.compressors.random_block import RandomBlock as RandomBlock
@@ -18,5 +20,3 @@ from hvd_compress.compressors.random_k import RandomK as RandomK
 from hvd_compress.compressors.sign import BlockSign as BlockSign
 from hvd_compress.compressors.topk import TopK as TopK
 from hvd_compress.compressors.warmup import Warmup as Warmup
-from hvd_compress.compressors.whole import Cast as Cast
-from hvd_compress.compressors.whole import Identity as Identity

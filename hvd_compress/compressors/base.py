@@ -80,30 +80,30 @@ class Codec(abc.ABC):
     """A compressor bound to one bucket: the same payload size and dtype at every step.
 
     Attributes:
-        numel: elements of the payload ("wire").
+        numel: elements of the payload ("payload").
         dtype: dtype of the payload; torch.uint8 (a multiple of 8 bytes) where payloads are gathered.
     """
 
     numel: int
     dtype: torch.dtype
 
-    def begin(self, step: int) -> None:  # noqa: B027
+    def set_step(self, step: int) -> None:  # noqa: B027
         """Draw what step ``step`` needs; host work only."""
 
     @abc.abstractmethod
-    def encode(self, flat: Tensor, wire: Tensor) -> None:
-        """Write the payload of ``flat`` (``layout.total`` elements) into ``wire`` (``numel`` elements)."""
+    def encode(self, flat: Tensor, payload: Tensor) -> None:
+        """Write the payload of ``flat`` (``layout.total`` elements) into ``payload`` (``numel`` elements)."""
 
     @abc.abstractmethod
-    def accumulate(self, wire: Tensor, flat: Tensor, alpha: float) -> None:
-        """``flat += alpha * decode(wire)``."""
+    def accumulate(self, payload: Tensor, flat: Tensor, alpha: float) -> None:
+        """``flat += alpha * decode(payload)``."""
 
-    def keep_back(self, wire: Tensor, flat: Tensor) -> None:
-        """``flat -= decode(wire)`` for the payload of this ``flat``."""
-        self.accumulate(wire, flat, -1.0)
+    def subtract_sent(self, payload: Tensor, flat: Tensor) -> None:
+        """``flat -= decode(payload)`` for the payload of this ``flat``."""
+        self.accumulate(payload, flat, -1.0)
 
-    def clear(self, wire: Tensor, flat: Tensor) -> None:
-        """Set the coordinates that ``wire`` stands for to zero in ``flat`` (compressors that select coordinates)."""
+    def clear(self, payload: Tensor, flat: Tensor) -> None:
+        """Set the coordinates that ``payload`` stands for to zero in ``flat`` (compressors that select coordinates)."""
         raise NotImplementedError(f"{type(self).__name__} sends something of every coordinate")
 
 
@@ -111,18 +111,18 @@ class SummableCodec(Codec):
     """Payloads may be added, and stand for coordinates that all ranks know without being told.
 
     Attributes:
-        restricts: True if the payload is a choice of coordinates that does not depend on the data, so
+        data_independent: True if the payload is a choice of coordinates that does not depend on the data, so
             that it can be taken from each term of a sum alone, before the sum itself is formed.
     """
 
-    restricts: ClassVar[bool] = False
+    data_independent: ClassVar[bool] = False
 
     @abc.abstractmethod
-    def write(self, wire: Tensor, flat: Tensor) -> None:
-        """Set the coordinates that ``wire`` stands for in ``flat``, and leave the others as they are."""
+    def write(self, payload: Tensor, flat: Tensor) -> None:
+        """Set the coordinates that ``payload`` stands for in ``flat``, and leave the others as they are."""
 
     @abc.abstractmethod
-    def scatter(self, wire: Tensor, tensors: Sequence[Tensor]) -> None:
+    def write_tensors(self, payload: Tensor, tensors: Sequence[Tensor]) -> None:
         """``write`` into one-dimensional tensors of their own, one per tensor of the layout."""
 
 
@@ -139,22 +139,22 @@ class JointCodec(abc.ABC):
     numels: tuple[int, ...]
     dtype: torch.dtype
 
-    def begin(self, step: int) -> None:  # noqa: B027
+    def set_step(self, step: int) -> None:  # noqa: B027
         """Draw what step ``step`` needs; host work only."""
 
     @abc.abstractmethod
-    def encode(self, index: int, flat: Tensor, wire: Tensor) -> None:
-        """Write the payload of round ``index`` into ``wire`` (``numels[index]`` elements)."""
+    def encode(self, index: int, flat: Tensor, payload: Tensor) -> None:
+        """Write the payload of round ``index`` into ``payload`` (``numels[index]`` elements)."""
 
     @abc.abstractmethod
-    def receive(self, index: int, wire: Tensor) -> None:
+    def receive(self, index: int, payload: Tensor) -> None:
         """Take the mean over ranks of the payloads of round ``index``."""
 
     @abc.abstractmethod
     def accumulate(self, flat: Tensor, alpha: float) -> None:
         """``flat += alpha * decode(all rounds)``."""
 
-    def memory(self) -> dict[str, list[Tensor]]:
+    def warm_start(self) -> dict[str, list[Tensor]]:
         """What makes the next step better and is the same on every rank, by kind: one tensor per parameter."""
         return {}
 
@@ -176,35 +176,35 @@ class ShardedCodec:
     def __init__(self, codecs: Sequence[Codec], borders: Sequence[int]) -> None:
         self.codecs, self.borders = list(codecs), list(borders)
 
-    def begin(self, step: int) -> None:
+    def set_step(self, step: int) -> None:
         """Draw what step ``step`` needs; host work only."""
         for codec in self.codecs:
-            codec.begin(step)
+            codec.set_step(step)
 
     def shard(self, flat: Tensor, index: int) -> Tensor:
         """View of shard ``index`` of a flat vector."""
         return flat[self.borders[index] : self.borders[index + 1]]
 
-    def encode(self, flat: Tensor, wires: Sequence[Tensor]) -> None:
-        """Write the message of each shard of ``flat`` into ``wires[j]`` (``codecs[j].numel`` elements)."""
-        for codec, wire, shard in self._messages(wires, flat):
-            codec.encode(shard, wire)
+    def encode(self, flat: Tensor, payloads: Sequence[Tensor]) -> None:
+        """Write the message of each shard of ``flat`` into ``payloads[j]`` (``codecs[j].numel`` elements)."""
+        for codec, payload, shard in self._messages(payloads, flat):
+            codec.encode(shard, payload)
 
-    def keep_back(self, wires: Sequence[Tensor], flat: Tensor) -> None:
-        """``flat -= decode(wires)`` for the messages of the last ``encode``."""
-        for codec, wire, shard in self._messages(wires, flat):
-            codec.keep_back(wire, shard)
+    def subtract_sent(self, payloads: Sequence[Tensor], flat: Tensor) -> None:
+        """``flat -= decode(payloads)`` for the messages of the last ``encode``."""
+        for codec, payload, shard in self._messages(payloads, flat):
+            codec.subtract_sent(payload, shard)
 
-    def accumulate(self, wires: Sequence[Tensor], flat: Tensor, alpha: float) -> None:
-        """``flat += alpha * decode(wires)``, one message for each shard."""
-        for codec, wire, shard in self._messages(wires, flat):
-            codec.accumulate(wire, shard, alpha)
+    def accumulate(self, payloads: Sequence[Tensor], flat: Tensor, alpha: float) -> None:
+        """``flat += alpha * decode(payloads)``, one message for each shard."""
+        for codec, payload, shard in self._messages(payloads, flat):
+            codec.accumulate(payload, shard, alpha)
 
-    def _messages(self, wires: Sequence[Tensor], flat: Tensor) -> Iterator[tuple[Codec, Tensor, Tensor]]:
+    def _messages(self, payloads: Sequence[Tensor], flat: Tensor) -> Iterator[tuple[Codec, Tensor, Tensor]]:
         """Codec, message and part of ``flat`` of each shard; more ranks than elements leave shards empty."""
-        for index, (codec, wire) in enumerate(zip(self.codecs, wires)):
-            if wire.numel():
-                yield codec, wire, self.shard(flat, index)
+        for index, (codec, payload) in enumerate(zip(self.codecs, payloads)):
+            if payload.numel():
+                yield codec, payload, self.shard(flat, index)
 
 
 class Combine(enum.Enum):
@@ -228,7 +228,7 @@ class Compressor(abc.ABC):
 
     combine: Combine = Combine.SUM
     lossless: ClassVar[bool] = False
-    selects: ClassVar[bool] = False
+    is_sparsifier: ClassVar[bool] = False
 
     @property
     def summable(self) -> bool:
@@ -236,7 +236,7 @@ class Compressor(abc.ABC):
         return self.combine in (Combine.SUM, Combine.SKETCH)
 
     @property
-    def fraction(self) -> float:
+    def payload_ratio(self) -> float:
         """About how much of a tensor's bytes its payload has."""
         return 1.0
 

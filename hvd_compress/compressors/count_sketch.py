@@ -11,8 +11,8 @@ from torch import Tensor
 
 from hvd_compress import validation
 from hvd_compress.compressors.base import Codec, Combine, Compressor, Layout, Payload
-from hvd_compress.compressors.draws import tensor_key
-from hvd_compress.compressors.rotations import Rotations
+from hvd_compress.compressors.counter_rng import tensor_key
+from hvd_compress.compressors.sketch_hash import Rotations
 from hvd_compress.native import sketch as native
 
 
@@ -61,7 +61,7 @@ class CountSketch(Compressor):
         object.__setattr__(self, "seed", int(self.seed))
 
     @property
-    def fraction(self) -> float:
+    def payload_ratio(self) -> float:
         """``density``, or ``rows`` where rows are as long as the vector; 1 if ``columns`` is given: not known."""
         if self.columns is not None:
             return 1.0
@@ -77,7 +77,7 @@ class CountSketch(Compressor):
         """The tensor's table, row by row: in float32, or float64 for float64 tensors."""
         flat = tensor.reshape(-1).to(torch.float64 if tensor.dtype == torch.float64 else torch.float32)
         codec = self.codec(Layout((name,), (flat.numel(),)), flat.dtype, flat.device)
-        codec.begin(step)
+        codec.set_step(step)
         values = flat.new_empty(codec.numel)
         codec.encode(flat, values)
         return Payload(values, tensor.shape, tensor.dtype, {"name": name, "step": step})
@@ -86,7 +86,7 @@ class CountSketch(Compressor):
         """The estimate of every coordinate."""
         numel, values = payload.shape.numel(), payload.values
         codec = self.codec(Layout((payload.context["name"],), (numel,)), values.dtype, values.device)
-        codec.begin(payload.context["step"])
+        codec.set_step(payload.context["step"])
         out = values.new_empty(numel)
         codec.estimate(values, out)
         return out.to(payload.dtype).view(payload.shape)
@@ -100,7 +100,7 @@ class CountSketchCodec(Codec):
 
     Attributes:
         rows: r.
-        columns: c; the wire is the table (r, c), row by row.
+        columns: c; the payload is the table (r, c), row by row.
     """
 
     def __init__(self, config: CountSketch, layout: Layout, dtype: torch.dtype, device: torch.device) -> None:
@@ -117,35 +117,35 @@ class CountSketchCodec(Codec):
             keys = [tensor_key(config.seed, f"{name}\0row {j}") for j in range(self.rows)]
             self._map = Rotations(keys, self._n, self.columns, dtype, device)
 
-    def begin(self, step: int) -> None:
+    def set_step(self, step: int) -> None:
         self._step = step  # what is drawn is drawn on the device, when it is needed
 
-    def encode(self, flat: Tensor, wire: Tensor) -> None:
-        """Overwrite ``wire`` with the table of ``flat``."""
+    def encode(self, flat: Tensor, payload: Tensor) -> None:
+        """Overwrite ``payload`` with the table of ``flat``."""
         if self._n:
-            self._rotations().sketch(flat, wire.view(self.rows, self.columns))
+            self._rotations().sketch(flat, payload.view(self.rows, self.columns))
 
-    def estimate(self, wire: Tensor, out: Tensor) -> None:
+    def estimate(self, payload: Tensor, out: Tensor) -> None:
         """Overwrite ``out`` (as long as the flat vector) with the median estimate of every coordinate.
 
         With an even number of rows, the mean of the two in the middle. A coordinate that is nan is estimated
         as nan.
         """
         if self._n:
-            self._rotations().estimate(wire.view(self.rows, self.columns), out)
+            self._rotations().estimate(payload.view(self.rows, self.columns), out)
 
-    def accumulate(self, wire: Tensor, flat: Tensor, alpha: float) -> None:
+    def accumulate(self, payload: Tensor, flat: Tensor, alpha: float) -> None:
         if self._n:
-            self._rotations().estimate(wire.view(self.rows, self.columns), flat, alpha)
+            self._rotations().estimate(payload.view(self.rows, self.columns), flat, alpha)
 
-    def heavy_hitters(self, wire: Tensor, count: int) -> Tensor:
+    def heavy_hitters(self, payload: Tensor, count: int) -> Tensor:
         """Ascending indices of the ``count`` coordinates whose estimates are largest in magnitude, as int64.
 
-        A pure function of the bits of ``wire`` (and so the same on every rank); nan counts as infinite. Of
+        A pure function of the bits of ``payload`` (and so the same on every rank); nan counts as infinite. Of
         equal estimates the lowest indices are taken on the CPU, and what ``torch.topk`` takes elsewhere.
 
         Args:
-            wire: a table, or the sum of several.
+            payload: a table, or the sum of several.
             count: 0 <= count <= elements of the flat vector.
 
         Returns:
@@ -158,8 +158,8 @@ class CountSketchCodec(Codec):
             raise ValueError(f"heavy_hitters: count={count!r} is not allowed; it must be an integer in [0, {self._n}]")
         if not count:
             return torch.empty(0, dtype=torch.int64, device=self._device)
-        rotations, table = self._rotations(), wire.view(self.rows, self.columns)
-        if native.applies(self.rows, wire):
+        rotations, table = self._rotations(), payload.view(self.rows, self.columns)
+        if native.applies(self.rows, payload):
             room = native.room(self._n, count)
             if self._found is None or self._found[1].numel() != room:
                 self._found = torch.empty(room, dtype=torch.int64), torch.empty(room, dtype=torch.int32)
@@ -170,7 +170,7 @@ class CountSketchCodec(Codec):
         rotations.estimate(table, self._estimates)
         sizes = self._estimates.abs_().nan_to_num_(nan=math.inf, posinf=math.inf)
         top = torch.topk(sizes, count, sorted=False)
-        return _first_of_ties(sizes, top.values) if wire.device.type == "cpu" else top.indices.sort().values
+        return _first_of_ties(sizes, top.values) if payload.device.type == "cpu" else top.indices.sort().values
 
     def _rotations(self) -> Rotations:
         assert self._map is not None

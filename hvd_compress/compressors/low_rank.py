@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from hvd_compress import validation
-from hvd_compress.compressors import hashing
+from hvd_compress.compressors import counter_rng
 from hvd_compress.compressors.base import Combine, Compressor, JointCodec, Layout, Payload, pieces
-from hvd_compress.compressors.draws import tensor_key
+from hvd_compress.compressors.counter_rng import tensor_key
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class LowRank(Compressor):
         if not r:
             return Payload(tensor.reshape(-1).clone(), tensor.shape, tensor.dtype, context)
         matrix = tensor.reshape(n, m).to(torch.float64 if tensor.dtype == torch.float64 else torch.float32)
-        start = hashing.nearly_normal(tensor_key(self.seed, f"{name}\0{step}"), (m, r), tensor.device)
+        start = counter_rng.nearly_normal(tensor_key(self.seed, f"{name}\0{step}"), (m, r), tensor.device)
         p = torch.linalg.qr(matrix @ start.to(matrix.dtype)).Q
         q = matrix.t() @ p
         return Payload(torch.cat((p.reshape(-1), q.reshape(-1))), tensor.shape, tensor.dtype, context)
@@ -112,7 +112,7 @@ class LowRankCodec(JointCodec):
         self._first = torch.zeros(self.numels[0], dtype=dtype, device=device)
         self._second = torch.zeros(self.numels[1], dtype=dtype, device=device)
         keys = [tensor_key(config.seed, layout.names[x.place]) for x in self._by_q]
-        drawn = [hashing.nearly_normal(key, (x.m, x.r), device).view(-1) for key, x in zip(keys, self._by_q)]
+        drawn = [counter_rng.nearly_normal(key, (x.m, x.r), device).view(-1) for key, x in zip(keys, self._by_q)]
         self._cold = torch.cat(drawn).to(dtype) if drawn else self._second.clone()
         for batch in _batches(self._cold, self._q_runs):
             batch.div_(batch.abs().amax(dim=1, keepdim=True))
@@ -123,27 +123,27 @@ class LowRankCodec(JointCodec):
         """Forget the last step: start with a Q drawn from (seed, name) again."""
         self._second.copy_(self._cold)
 
-    def encode(self, index: int, flat: Tensor, wire: Tensor) -> None:
+    def encode(self, index: int, flat: Tensor, payload: Tensor) -> None:
         parts = pieces(flat, self._numels)
         if index == 0:
             self._refresh()
-            for i, p in self._ps(wire).items():
+            for i, p in self._ps(payload).items():
                 torch.mm(parts[i].view(len(p), -1), self._q[i], out=p)
             if self._whole:
-                torch.cat([parts[i] for i in self._whole], out=wire[self._p_total :])
+                torch.cat([parts[i] for i in self._whole], out=payload[self._p_total :])
         else:
-            for i, q in self._qs(wire).items():
+            for i, q in self._qs(payload).items():
                 torch.mm(parts[i].view(-1, len(q)).t(), self._p[i], out=q)
 
-    def receive(self, index: int, wire: Tensor) -> None:
+    def receive(self, index: int, payload: Tensor) -> None:
         """Take the mean over ranks; P is orthonormalised here, from the same bits on every rank.
 
         The columns are orthonormal also where P is zero or of lower rank (Householder reflections).
         """
         if index:
-            self._second.copy_(wire)
+            self._second.copy_(payload)
             return
-        self._first.copy_(wire)
+        self._first.copy_(payload)
         for batch in _batches(self._first, self._p_runs):
             batch.copy_(torch.linalg.qr(batch).Q)
 
@@ -156,7 +156,7 @@ class LowRankCodec(JointCodec):
             received = pieces(self._first[self._p_total :], [self._numels[i] for i in self._whole])
             torch._foreach_add_([parts[i] for i in self._whole], list(received), alpha=alpha)
 
-    def memory(self) -> dict[str, list[Tensor]]:
+    def warm_start(self) -> dict[str, list[Tensor]]:
         """``{"warm": [Q (m x r), or of tensors that travel whole nothing (0)]}``: live views that may be written."""
         nothing = self._second[:0]
         return {"warm": [self._q.get(i, nothing) for i in range(len(self._numels))]}
@@ -171,12 +171,12 @@ class LowRankCodec(JointCodec):
             size = last.abs().amax(dim=1, keepdim=True)
             last.copy_(torch.where((size > 0) & (size < float("inf")), last / size, cold))
 
-    def _ps(self, wire: Tensor) -> dict[int, Tensor]:
-        parts = pieces(wire[: self._p_total], [x.n * x.r for x in self._by_p])
+    def _ps(self, payload: Tensor) -> dict[int, Tensor]:
+        parts = pieces(payload[: self._p_total], [x.n * x.r for x in self._by_p])
         return {x.place: part.view(x.n, x.r) for x, part in zip(self._by_p, parts)}
 
-    def _qs(self, wire: Tensor) -> dict[int, Tensor]:
-        parts = pieces(wire, [x.m * x.r for x in self._by_q])
+    def _qs(self, payload: Tensor) -> dict[int, Tensor]:
+        parts = pieces(payload, [x.m * x.r for x in self._by_q])
         return {x.place: part.view(x.m, x.r) for x, part in zip(self._by_q, parts)}
 
 

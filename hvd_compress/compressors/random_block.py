@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hvd_compress import validation
 from hvd_compress.compressors.base import Compressor, Layout, Payload, SummableCodec
-from hvd_compress.compressors.draws import draw, kept, tensor_key
+from hvd_compress.compressors.counter_rng import draw, kept, tensor_key
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class RandomBlock(Compressor):
         ValueError: if an argument is out of range.
     """
 
-    selects: ClassVar[bool] = True
+    is_sparsifier: ClassVar[bool] = True
     density: float = 1 / 64
     seed: int = 0
 
@@ -42,7 +42,7 @@ class RandomBlock(Compressor):
         object.__setattr__(self, "seed", int(self.seed))
 
     @property
-    def fraction(self) -> float:
+    def payload_ratio(self) -> float:
         return self.density
 
     def selection(self, name: str, numel: int, step: int) -> tuple[int, int]:
@@ -83,7 +83,7 @@ class _RandomBlockCodec(SummableCodec):
     tensor or loop. Empty runs are views of no elements.
     """
 
-    restricts = True
+    data_independent = True
 
     def __init__(self, config: RandomBlock, layout: Layout, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -94,7 +94,7 @@ class _RandomBlockCodec(SummableCodec):
         self.numel = int(self._b.sum())
         self._runs: list[int] = []
 
-    def begin(self, step: int) -> None:
+    def set_step(self, step: int) -> None:
         start = (draw(self._keys, step) % self._modulus).astype(np.int64)
         wrapped = np.maximum(start + self._b - self._n, 0)
         body = self._b - wrapped
@@ -104,27 +104,27 @@ class _RandomBlockCodec(SummableCodec):
     def _blocks(self, flat: Tensor) -> list[Tensor]:
         return list(torch.split_with_sizes(flat, self._runs)[::2])
 
-    def _values(self, wire: Tensor) -> list[Tensor]:
-        return list(torch.split_with_sizes(wire, self._runs[::2]))
+    def _values(self, payload: Tensor) -> list[Tensor]:
+        return list(torch.split_with_sizes(payload, self._runs[::2]))
 
-    def encode(self, flat: Tensor, wire: Tensor) -> None:
-        torch.cat(self._blocks(flat), out=wire)
+    def encode(self, flat: Tensor, payload: Tensor) -> None:
+        torch.cat(self._blocks(flat), out=payload)
 
-    def accumulate(self, wire: Tensor, flat: Tensor, alpha: float) -> None:
-        torch._foreach_add_(self._blocks(flat), self._values(wire), alpha=alpha)
+    def accumulate(self, payload: Tensor, flat: Tensor, alpha: float) -> None:
+        torch._foreach_add_(self._blocks(flat), self._values(payload), alpha=alpha)
 
-    def keep_back(self, wire: Tensor, flat: Tensor) -> None:
-        self.clear(wire, flat)  # the same for numbers, and a nan that was sent leaves with the payload
+    def subtract_sent(self, payload: Tensor, flat: Tensor) -> None:
+        self.clear(payload, flat)  # the same for numbers, and a nan that was sent leaves with the payload
 
-    def write(self, wire: Tensor, flat: Tensor) -> None:
-        torch._foreach_copy_(self._blocks(flat), self._values(wire))
+    def write(self, payload: Tensor, flat: Tensor) -> None:
+        torch._foreach_copy_(self._blocks(flat), self._values(payload))
 
-    def clear(self, wire: Tensor, flat: Tensor) -> None:
+    def clear(self, payload: Tensor, flat: Tensor) -> None:
         torch._foreach_zero_(self._blocks(flat))
 
-    def scatter(self, wire: Tensor, tensors: Sequence[Tensor]) -> None:
+    def write_tensors(self, payload: Tensor, tensors: Sequence[Tensor]) -> None:
         blocks: list[Tensor] = []
         for tensor, k in zip(tensors, range(0, len(self._runs), 4)):
             wrapped, gap, body, _ = self._runs[k : k + 4]
             blocks += tensor[:wrapped], tensor[wrapped + gap : wrapped + gap + body]
-        torch._foreach_copy_(blocks, self._values(wire))
+        torch._foreach_copy_(blocks, self._values(payload))

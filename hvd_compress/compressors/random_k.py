@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hvd_compress import validation
 from hvd_compress.compressors.base import Compressor, Layout, Payload, SummableCodec, pieces
-from hvd_compress.compressors.draws import U64, draw, kept, mix, tensor_key
+from hvd_compress.compressors.counter_rng import U64, draw, kept, mix, tensor_key
 
 _I64 = npt.NDArray[np.int64]
 ROUNDS = 6  # with 4 the pairs of coordinates in small tensors are visibly not uniform
@@ -41,7 +41,7 @@ class RandomK(Compressor):
         ValueError: if an argument is out of range.
     """
 
-    selects: ClassVar[bool] = True
+    is_sparsifier: ClassVar[bool] = True
     density: float = 1 / 100
     seed: int = 0
 
@@ -52,7 +52,7 @@ class RandomK(Compressor):
         object.__setattr__(self, "seed", int(self.seed))
 
     @property
-    def fraction(self) -> float:
+    def payload_ratio(self) -> float:
         return self.density
 
     def selection(self, name: str, numel: int, step: int) -> _I64:
@@ -147,7 +147,7 @@ def _wrap(value: U64, modulus: U64) -> None:
 class _RandomKCodec(SummableCodec):
     """All tensors of a bucket by one index into its flat vector; a new one at each ``begin``."""
 
-    restricts = True
+    data_independent = True
 
     def __init__(self, config: RandomK, layout: Layout, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype = dtype
@@ -158,25 +158,25 @@ class _RandomKCodec(SummableCodec):
         self._tensor = _upload(self._places.tensor, device)
         self._offsets = _upload(self._places.offsets, device)
 
-    def begin(self, step: int) -> None:
+    def set_step(self, step: int) -> None:
         self._index = _upload(self._places.draw(step), self._device)
 
-    def encode(self, flat: Tensor, wire: Tensor) -> None:
-        torch.index_select(flat, 0, self._index, out=wire)
+    def encode(self, flat: Tensor, payload: Tensor) -> None:
+        torch.index_select(flat, 0, self._index, out=payload)
 
-    def accumulate(self, wire: Tensor, flat: Tensor, alpha: float) -> None:
-        flat.index_add_(0, self._index, wire, alpha=alpha)
+    def accumulate(self, payload: Tensor, flat: Tensor, alpha: float) -> None:
+        flat.index_add_(0, self._index, payload, alpha=alpha)
 
-    def keep_back(self, wire: Tensor, flat: Tensor) -> None:
-        self.clear(wire, flat)  # the same for numbers, and a nan that was sent leaves with the payload
+    def subtract_sent(self, payload: Tensor, flat: Tensor) -> None:
+        self.clear(payload, flat)  # the same for numbers, and a nan that was sent leaves with the payload
 
-    def write(self, wire: Tensor, flat: Tensor) -> None:
-        flat.index_copy_(0, self._index, wire)
+    def write(self, payload: Tensor, flat: Tensor) -> None:
+        flat.index_copy_(0, self._index, payload)
 
-    def clear(self, wire: Tensor, flat: Tensor) -> None:
+    def clear(self, payload: Tensor, flat: Tensor) -> None:
         flat.index_fill_(0, self._index, 0.0)
 
-    def scatter(self, wire: Tensor, tensors: Sequence[Tensor]) -> None:
+    def write_tensors(self, payload: Tensor, tensors: Sequence[Tensor]) -> None:
         index = self._index - self._offsets.index_select(0, self._tensor)
-        for tensor, places, values in zip(tensors, pieces(index, self._counts), pieces(wire, self._counts)):
+        for tensor, places, values in zip(tensors, pieces(index, self._counts), pieces(payload, self._counts)):
             tensor.index_copy_(0, places, values.to(tensor.dtype))

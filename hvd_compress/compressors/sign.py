@@ -53,7 +53,7 @@ class BlockSign(Compressor):
             object.__setattr__(self, "block_size", int(self.block_size))
 
     @property
-    def fraction(self) -> float:
+    def payload_ratio(self) -> float:
         return 1 / 32 + (1 / self.block_size if self.block_size else 0.0)
 
     def encode(self, tensor: Tensor, name: str = "", step: int = 0) -> Payload:
@@ -214,29 +214,29 @@ class _SignCodec(Codec):
         self._end = self._scales_at + 4 * blocks.count
         self.numel = -(-self._end // 8) * 8
 
-    def _parts(self, wire: Tensor) -> tuple[Tensor, Tensor]:
-        return wire[: self._blocks.nbytes], wire[self._scales_at : self._end].view(torch.float32)
+    def _parts(self, payload: Tensor) -> tuple[Tensor, Tensor]:
+        return payload[: self._blocks.nbytes], payload[self._scales_at : self._end].view(torch.float32)
 
-    def _pad(self, wire: Tensor) -> None:
-        wire[self._blocks.nbytes : self._scales_at].zero_()
-        wire[self._end :].zero_()
+    def _pad(self, payload: Tensor) -> None:
+        payload[self._blocks.nbytes : self._scales_at].zero_()
+        payload[self._end :].zero_()
 
-    def encode(self, flat: Tensor, wire: Tensor) -> None:
-        self._pad(wire)
-        self._blocks.pack(flat, *self._parts(wire))
+    def encode(self, flat: Tensor, payload: Tensor) -> None:
+        self._pad(payload)
+        self._blocks.pack(flat, *self._parts(payload))
 
-    def fill(self, wire: Tensor, bits: Tensor, scales: Tensor) -> None:
+    def fill(self, payload: Tensor, bits: Tensor, scales: Tensor) -> None:
         """Write signs and scales that are there already."""
-        self._pad(wire)
-        own_bits, own_scales = self._parts(wire)
+        self._pad(payload)
+        own_bits, own_scales = self._parts(payload)
         own_bits.copy_(bits)
         own_scales.copy_(scales)
 
-    def accumulate(self, wire: Tensor, flat: Tensor, alpha: float) -> None:
-        self._blocks.add(*self._parts(wire), flat, alpha)
+    def accumulate(self, payload: Tensor, flat: Tensor, alpha: float) -> None:
+        self._blocks.add(*self._parts(payload), flat, alpha)
 
-    def keep_back(self, wire: Tensor, flat: Tensor) -> None:
-        self._blocks.take_off(*self._parts(wire), flat)
+    def subtract_sent(self, payload: Tensor, flat: Tensor) -> None:
+        self._blocks.take_off(*self._parts(payload), flat)
 
 
 class _ShardedSigns(ShardedCodec):
@@ -255,10 +255,10 @@ class _ShardedSigns(ShardedCodec):
         ]
         super().__init__(self._signs, borders)
 
-    def encode(self, flat: Tensor, wires: Sequence[Tensor]) -> None:
+    def encode(self, flat: Tensor, payloads: Sequence[Tensor]) -> None:
         self._whole.pack(flat, self._bits, self._scales)
-        for codec, wire, (of_bits, of_scales) in zip(self._signs, wires, self._places):
-            codec.fill(wire, self._bits[of_bits], self._scales[of_scales])
+        for codec, payload, (of_bits, of_scales) in zip(self._signs, payloads, self._places):
+            codec.fill(payload, self._bits[of_bits], self._scales[of_scales])
 
-    def keep_back(self, wires: Sequence[Tensor], flat: Tensor) -> None:
+    def subtract_sent(self, payloads: Sequence[Tensor], flat: Tensor) -> None:
         self._whole.take_off(self._bits, self._scales, flat)  # in one go, however many shards there are

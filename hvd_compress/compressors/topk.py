@@ -10,8 +10,8 @@ from torch import Tensor
 
 from hvd_compress import validation
 from hvd_compress.compressors.base import Codec, Combine, Compressor, Layout, Payload
-from hvd_compress.compressors.draws import kept
-from hvd_compress.compressors.selection import HostSearch, bits_of, sampled_on_device, scan_start
+from hvd_compress.compressors.counter_rng import kept
+from hvd_compress.compressors.topk_search import HostSearch, bits_of, sampled_on_device, scan_start
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class TopK(Compressor):
     """
 
     combine = Combine.GATHER
-    selects: ClassVar[bool] = True
+    is_sparsifier: ClassVar[bool] = True
     density: float = 1 / 100
     sampled: bool = False
 
@@ -55,7 +55,7 @@ class TopK(Compressor):
         object.__setattr__(self, "density", float(self.density))  # one repr: ranks compare it
 
     @property
-    def fraction(self) -> float:
+    def payload_ratio(self) -> float:
         return 2 * self.density
 
     def encode(self, tensor: Tensor, name: str = "", step: int = 0) -> Payload:
@@ -130,27 +130,27 @@ class TopKCodec(Codec):
         self._end = self._places_at + self._picker.k * 4
         self.numel = -(-self._end // 8) * 8
 
-    def begin(self, step: int) -> None:
+    def set_step(self, step: int) -> None:
         self._step = step
 
-    def unpack(self, wire: Tensor) -> tuple[Tensor, Tensor]:
+    def unpack(self, payload: Tensor) -> tuple[Tensor, Tensor]:
         """Views of a payload: k values in the bucket's dtype, their int32 places in ascending order."""
-        return wire[: self._places_at].view(self._dtype), wire[self._places_at : self._end].view(torch.int32)
+        return payload[: self._places_at].view(self._dtype), payload[self._places_at : self._end].view(torch.int32)
 
-    def encode(self, flat: Tensor, wire: Tensor) -> None:
-        wire[self._end :].zero_()
-        self._picker.pick(flat, self._step, *self.unpack(wire))
+    def encode(self, flat: Tensor, payload: Tensor) -> None:
+        payload[self._end :].zero_()
+        self._picker.pick(flat, self._step, *self.unpack(payload))
 
-    def accumulate(self, wire: Tensor, flat: Tensor, alpha: float) -> None:
+    def accumulate(self, payload: Tensor, flat: Tensor, alpha: float) -> None:
         # Only the empty slots of a sampled payload share a place, and they add nothing: any order is the same.
-        values, places = self.unpack(wire)
+        values, places = self.unpack(payload)
         flat.index_add_(0, places, values, alpha=alpha)
 
-    def keep_back(self, wire: Tensor, flat: Tensor) -> None:
-        self.clear(wire, flat)  # the same for numbers, and a nan that was sent leaves with the payload
+    def subtract_sent(self, payload: Tensor, flat: Tensor) -> None:
+        self.clear(payload, flat)  # the same for numbers, and a nan that was sent leaves with the payload
 
-    def clear(self, wire: Tensor, flat: Tensor) -> None:
-        values, places = self.unpack(wire)
+    def clear(self, payload: Tensor, flat: Tensor) -> None:
+        values, places = self.unpack(payload)
         if self._sampled:
             # Empty slots point at place 0, which may not have been sent: they take nothing away.
             found = torch.where(values != 0, flat.index_select(0, places), 0)

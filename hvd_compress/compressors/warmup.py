@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hvd_compress import validation
 from hvd_compress.compressors.base import AnyCodec, Compressor, Layout, Payload
-from hvd_compress.compressors.whole import Identity
+from hvd_compress.compressors.cast import Identity
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Warmup(Compressor):
             validation.density("Warmup", density, f"densities[{i}]")
         validation.integer("Warmup", "steps", self.steps, 1)
         object.__setattr__(self, "densities", tuple(float(d) for d in self.densities))
-        for name in ("combine", "lossless", "selects"):
+        for name in ("combine", "lossless", "is_sparsifier"):
             object.__setattr__(self, name, getattr(self.compressor, name))
 
     @classmethod
@@ -66,8 +66,8 @@ class Warmup(Compressor):
         return cls(compressor, tuple(start * (end / start) ** (i / stages) for i in range(stages)), steps)
 
     @property
-    def fraction(self) -> float:
-        return self.compressor.fraction
+    def payload_ratio(self) -> float:
+        return self.compressor.payload_ratio
 
     @property
     def stages(self) -> tuple[Compressor, ...]:

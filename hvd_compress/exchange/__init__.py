@@ -1,25 +1,25 @@
 """How payloads travel: one kind of exchange per file, chosen by how a compressor's payloads combine."""
 
-from hvd_compress.buckets import Bucket
+from hvd_compress.bucket import Bucket
 from hvd_compress.compressors import Combine, Compressor, Warmup
+from hvd_compress.exchange.allgather import AllgatherExchange
+from hvd_compress.exchange.allreduce import AllreduceExchange
 from hvd_compress.exchange.base import Context, Exchange, Reduction, require_countable
-from hvd_compress.exchange.gathered import GatheredExchange
-from hvd_compress.exchange.joint import JointExchange
-from hvd_compress.exchange.ring import Ring
-from hvd_compress.exchange.staged import StagedExchange
-from hvd_compress.exchange.summed import SummedExchange
-from hvd_compress.exchange.two_way import TwoWayExchange
+from hvd_compress.exchange.flat_allreduce import FlatAllreduce
+from hvd_compress.exchange.multi_round import MultiRoundExchange
+from hvd_compress.exchange.schedule import StagedExchange
+from hvd_compress.exchange.sharded_server import ShardedServerExchange
 
 __all__ = [
     "Context",
     "Exchange",
-    "GatheredExchange",
-    "JointExchange",
+    "AllgatherExchange",
+    "MultiRoundExchange",
     "Reduction",
-    "Ring",
+    "FlatAllreduce",
     "StagedExchange",
-    "SummedExchange",
-    "TwoWayExchange",
+    "AllreduceExchange",
+    "ShardedServerExchange",
     "exchange_for",
     "require_countable",
 ]
@@ -34,7 +34,7 @@ def exchange_for(bucket: Bucket, compressor: Compressor, context: Context, tail:
     if isinstance(compressor, Warmup):
         return StagedExchange(bucket, compressor, context, lambda b, c: exchange_for(b, c, context))
     if compressor.combine is Combine.SUM:
-        return SummedExchange(bucket, compressor, context, tail)
+        return AllreduceExchange(bucket, compressor, context, tail)
     if compressor.combine is Combine.GATHER:
-        return GatheredExchange(bucket, compressor, context)
-    return JointExchange(bucket, compressor, context)
+        return AllgatherExchange(bucket, compressor, context)
+    return MultiRoundExchange(bucket, compressor, context)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from hvd_compress.buckets import Bucket, Mirror
-from hvd_compress.collectives import Average, Link
+from hvd_compress.bucket import Bucket, FlatBuffer
+from hvd_compress.comm.communicator import Average, Communicator
 from hvd_compress.compressors.base import pieces
 from hvd_compress.telemetry import Recorder
 
@@ -39,7 +39,7 @@ class Context(NamedTuple):
         state_of: the wrapped optimizer's state of a parameter, as it is now (may be empty).
     """
 
-    link: Link
+    comm: Communicator
     reduction: Reduction
     recorder: Recorder
     state_of: Callable[[Parameter], dict[str, Any]] = _stateless
@@ -76,7 +76,7 @@ class Exchange(abc.ABC):
         self._aggregate: Optional[Tensor] = None
 
     @abc.abstractmethod
-    def begin(self, step: int) -> None:
+    def set_step(self, step: int) -> None:
         """Draw what step ``step`` needs; host work only."""
 
     @abc.abstractmethod
@@ -87,7 +87,7 @@ class Exchange(abc.ABC):
     def launch(self) -> None:
         """Send the payload."""
 
-    def answer(self) -> None:  # noqa: B027
+    def next_round(self) -> None:  # noqa: B027
         """All buckets have been launched: take what has arrived and send what depends on it, if there are rounds."""
 
     def wait(self) -> None:
@@ -100,9 +100,9 @@ class Exchange(abc.ABC):
         self.receive()
         self.context.recorder.wait_seconds(time.perf_counter() - begin)
 
-    def cancel(self) -> None:
+    def drain(self) -> None:
         """Wait for what has been launched and make no use of it."""
-        self.answer()
+        self.next_round()
         self.receive()
 
     @abc.abstractmethod
@@ -110,27 +110,27 @@ class Exchange(abc.ABC):
         """``wait``, without the clock."""
 
     @abc.abstractmethod
-    def keep_back(self, residual: Tensor) -> None:
+    def subtract_sent(self, residual: Tensor) -> None:
         """``residual -=`` what this rank has given away: it is no longer owed."""
 
     @abc.abstractmethod
-    def deliver(self, target: Tensor, alpha: float) -> None:
+    def add_aggregate(self, target: Tensor, alpha: float) -> None:
         """``target += alpha *`` the aggregate; the same bits on every rank."""
 
-    def scatter(self, tensors: Sequence[Tensor], scale: float = 1.0) -> None:
+    def write_aggregate(self, tensors: Sequence[Tensor], scale: float = 1.0) -> None:
         """Write ``scale *`` the aggregate into a bucket's flattened tensors, which hold zeros."""
         layout = self.bucket.layout
         if self._aggregate is None:
             self._aggregate = torch.zeros(layout.total, dtype=self.bucket.state_dtype, device=self.bucket.device)
         else:
             self._aggregate.zero_()
-        self.deliver(self._aggregate, scale)
+        self.add_aggregate(self._aggregate, scale)
         torch._foreach_copy_(list(tensors), list(pieces(self._aggregate, layout.numels)))
 
     def clear(self, flat: Tensor) -> None:
         """Set the coordinates that this rank has sent to zero (compressors that select coordinates)."""
         raise NotImplementedError(f"{type(self).__name__} does not know which coordinates were sent")
 
-    def memory(self) -> dict[str, Mirror]:
+    def warm_start(self) -> dict[str, FlatBuffer]:
         """What the compressor carries from step to step, the same on every rank, by kind."""
         return {}

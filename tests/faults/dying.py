@@ -46,7 +46,7 @@ def main() -> None:
         if t == 5 and PLACE == "step":
             die()
         if t == 5 and PLACE == "exchange" and hvd.rank() == hvd.size() - 1:
-            optimizer._reducer.states[0].advance = die
+            optimizer._reducer.states[0].next_round = die
         optimizer.step()
     print("trained to the end", flush=True)
 

@@ -144,7 +144,7 @@ def verify(path: Path, ranks: int, launcher: str, check: str, full: bool) -> Non
 
 
 def main(namespace: dict[str, Any]) -> None:
-    """Entry of a job file: run its checks on this rank and note how each ended."""
+    """ParamEntry of a job file: run its checks on this rank and note how each ended."""
     import horovod.torch as hvd
     import torch
 

@@ -12,8 +12,8 @@ from reference import Array
 from reference_flat import Map
 
 from hvd_compress import CountSketch
-from hvd_compress.compressors import Layout, hashing
-from hvd_compress.compressors.draws import tensor_key
+from hvd_compress.compressors import Layout, counter_rng
+from hvd_compress.compressors.counter_rng import tensor_key
 
 
 def float32(v: Array, step: int) -> Array:
@@ -46,7 +46,7 @@ def span(name: str) -> tuple[int, int]:
 def power_sgd(rank: int) -> plain.Joint:
     """PowerSGD of the ranks' mean, each step starting with the last Q; vectors travel whole."""
     last = {
-        name: hashing.nearly_normal(tensor_key(0, name), (shape[1], rank), torch.device("cpu")).double().numpy()
+        name: counter_rng.nearly_normal(tensor_key(0, name), (shape[1], rank), torch.device("cpu")).double().numpy()
         for name, shape in reference.SHAPES.items()
         if len(shape) > 1
     }
@@ -69,12 +69,12 @@ def matrix_of(sketch: CountSketch, names: tuple[str, ...] = plain.ORDER) -> Call
     sketched = np.concatenate([np.full(size, name in names) for name, size in plain.SIZES.items()])
 
     def at(step: int) -> tuple[Array, int]:
-        codec.begin(step)
+        codec.set_step(step)
         matrix = np.zeros((codec.numel, plain.TOTAL))
         for place, unit in zip(np.flatnonzero(sketched), torch.eye(layout.total, dtype=torch.float64)):
-            wire = torch.zeros(codec.numel, dtype=codec.dtype)
-            codec.encode(unit, wire)
-            matrix[:, place] = wire.numpy()
+            payload = torch.zeros(codec.numel, dtype=codec.dtype)
+            codec.encode(unit, payload)
+            matrix[:, place] = payload.numpy()
         return matrix, sketch.rows
 
     return at

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hvd_compress.compressors import CountSketch, Layout, rotations
+from hvd_compress.compressors import CountSketch, Layout, sketch_hash
 from hvd_compress.compressors.count_sketch import CountSketchCodec
-from hvd_compress.compressors.draws import draw, tensor_key
+from hvd_compress.compressors.counter_rng import draw, tensor_key
 from hvd_compress.native import sketch as loops
 
 CPU = torch.device("cpu")
@@ -28,8 +28,8 @@ Array = npt.NDArray[np.float64]
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Everything in each of the ways to compute it; tiles small enough for tests to need several."""
     monkeypatch.setattr(loops, "_sketch", COMPILED if request.param == "native" else None)
-    monkeypatch.setattr(rotations, "_MAX_SLICES", 2**40 if request.param == "slices" else -1)
-    monkeypatch.setattr(rotations, "_CPU_TILE", 23)
+    monkeypatch.setattr(sketch_hash, "_MAX_SLICES", 2**40 if request.param == "slices" else -1)
+    monkeypatch.setattr(sketch_hash, "_CPU_TILE", 23)
     return str(request.param)
 
 
@@ -43,19 +43,19 @@ def values(n: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def coder(n: int, step: int = 0, dtype: torch.dtype = torch.float32, **arguments: Any) -> CountSketchCodec:
     codec = CountSketch(**arguments).codec(Layout(("w",), (n,)), dtype, CPU)
-    codec.begin(step)
+    codec.set_step(step)
     return codec
 
 
 def table_of(codec: CountSketchCodec, flat: Tensor) -> Tensor:
-    wire = torch.full((codec.numel,), math.nan, dtype=codec.dtype)
-    codec.encode(flat, wire)
-    return wire
+    payload = torch.full((codec.numel,), math.nan, dtype=codec.dtype)
+    codec.encode(flat, payload)
+    return payload
 
 
-def estimates(codec: CountSketchCodec, wire: Tensor, n: int) -> Tensor:
+def estimates(codec: CountSketchCodec, payload: Tensor, n: int) -> Tensor:
     out = torch.full((n,), math.nan, dtype=codec.dtype)
-    codec.estimate(wire, out)
+    codec.estimate(payload, out)
     return out
 
 

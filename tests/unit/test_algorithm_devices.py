@@ -26,13 +26,13 @@ from hvd_compress import (
     TopK,
     Warmup,
 )
-from hvd_compress.algorithms.states import GradientState, Rate, UpdateState
-from hvd_compress.buckets import Bucket
-from hvd_compress.collectives import Pending
-from hvd_compress.exchange import Context, Reduction, TwoWayExchange
+from hvd_compress.algorithms.bucket_state import GradientState, Rate, UpdateState
+from hvd_compress.bucket import Bucket
+from hvd_compress.comm.communicator import Handle
+from hvd_compress.exchange import Context, Reduction, ShardedServerExchange
 from hvd_compress.telemetry import Recorder
 from tests.unit.accelerator import DEVICE, Uploading, uploading
-from tests.unit.test_devices import StubLink, bucket
+from tests.unit.test_devices import StubCommunicator, bucket
 
 __all__ = ["uploading"]  # the fixture
 
@@ -60,45 +60,45 @@ CASES = [(torch.float32, Reduction()), (torch.bfloat16, Reduction(Sum)), (torch.
 cases = pytest.mark.parametrize(("dtype", "reduction"), CASES, ids=str)
 
 
-class GatheringLink(StubLink):
+class GatheringLink(StubCommunicator):
     """Also allgather and alltoall, each rank having sent the same; owners of shards answer ``answer`` bytes."""
 
     answer = 0
 
-    def allgather_async(self, tensor: Tensor, name: str) -> Pending:
+    def allgather_async(self, tensor: Tensor, name: str) -> Handle:
         self.calls.append((name, tensor.dtype, tensor.numel(), -1))
         if name.endswith(".down"):
-            return Pending(None, torch.zeros(self.answer, dtype=tensor.dtype, device=tensor.device))
-        return Pending(None, torch.cat([tensor] * self.size))
+            return Handle(None, torch.zeros(self.answer, dtype=tensor.dtype, device=tensor.device))
+        return Handle(None, torch.cat([tensor] * self.size))
 
-    def alltoall_async(self, tensor: Tensor, splits: Tensor, name: str) -> Pending:
+    def alltoall_async(self, tensor: Tensor, splits: Tensor, name: str) -> Handle:
         assert splits.dtype == torch.int32
         assert splits.device.type == "cpu"
         assert int(splits.sum()) == tensor.numel()
         self.calls.append((name, tensor.dtype, tensor.numel(), -2))
-        return Pending(None, (torch.cat([tensor[: int(splits[0])]] * self.size), splits))
+        return Handle(None, (torch.cat([tensor[: int(splits[0])]] * self.size), splits))
 
 
 def attach(
     algorithm: Algorithm, dtype: torch.dtype, reduction: Reduction, momenta: Sequence[int] = ()
 ) -> tuple[Bucket, GatheringLink, Any]:
-    b, link = bucket(dtype), GatheringLink()
+    b, comm = bucket(dtype), GatheringLink()
     kept: dict[Any, dict[str, Any]] = {
         b.parameters[i]: {"momentum_buffer": torch.empty_like(b.parameters[i])} for i in momenta
     }
     state: Any = algorithm.attach(
         b,
-        Context(link, reduction, Recorder(), lambda p: kept.setdefault(p, {})),  # type: ignore[arg-type]
+        Context(comm, reduction, Recorder(), lambda p: kept.setdefault(p, {})),  # type: ignore[arg-type]
     )
     exchange = getattr(state, "_exchange", None)
-    if isinstance(exchange, TwoWayExchange):
-        link.answer = sum(exchange._answers.lengths)
-    return b, link, state
+    if isinstance(exchange, ShardedServerExchange):
+        comm.answer = sum(exchange._answers.lengths)
+    return b, comm, state
 
 
-def stable(link: StubLink) -> None:
+def stable(comm: StubCommunicator) -> None:
     """Fail unless every collective has one size, dtype and op."""
-    assert len({call[0] for call in link.calls}) == len(set(link.calls)), link.calls
+    assert len({call[0] for call in comm.calls}) == len(set(comm.calls)), comm.calls
 
 
 @cases
@@ -106,21 +106,21 @@ def stable(link: StubLink) -> None:
 def test_gradient_algorithms(
     uploading: Uploading, algorithm: Algorithm, dtype: torch.dtype, reduction: Reduction
 ) -> None:
-    b, link, state = attach(algorithm, dtype, reduction)
+    b, comm, state = attach(algorithm, dtype, reduction)
     assert isinstance(state, GradientState)
     own: list[Optional[Tensor]] = [torch.empty_like(p) for p in b.parameters]
     results: list[Tensor] = []
     for step, rate in enumerate([Rate(0.1), Rate(0.01, False, 1024.0), Rate(0.0), Rate(0.1, True)]):
         choices: list[list[Optional[Tensor]]] = [own, [*results], [None] * 4, [None, own[1], *results[2:]]]
         state.start(step, choices[step], rate)
-        state.advance()
+        state.next_round()
         results = state.finish()
         assert [(g.shape, g.dtype, g.device) for g in results] == [(p.shape, dtype, DEVICE) for p in b.parameters]
-    stable(link)
+    stable(comm)
     assert {v.device for mirror in state.buffers().values() for v in mirror.views} == {DEVICE}
     state.residual()
     state.owed(0.1)
-    state.shared_point(link)  # type: ignore[arg-type]
+    state.shared_point(comm)  # type: ignore[arg-type]
     state.forgive()
 
 
@@ -129,14 +129,14 @@ def test_gradient_algorithms(
 def test_update_algorithms(
     uploading: Uploading, algorithm: Algorithm, dtype: torch.dtype, reduction: Reduction
 ) -> None:
-    b, link, state = attach(algorithm, dtype, reduction, momenta=(0, 1))
+    b, comm, state = attach(algorithm, dtype, reduction, momenta=(0, 1))
     assert isinstance(state, UpdateState)
     for step, lr in enumerate((0.1, 0.1, 0.0, 0.01)):
         state.local.flat.mul_(0.9)
         state.start(step, lr)
-        state.advance()
+        state.next_round()
         state.finish()
-    stable(link)
+    stable(comm)
     assert {p.device for p in b.parameters} == {DEVICE}
     assert {v.device for mirror in state.buffers().values() for v in mirror.views} == {DEVICE}
     state.residual()

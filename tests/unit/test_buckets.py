@@ -11,17 +11,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import Parameter
 
-from hvd_compress.arguments import teams_of
-from hvd_compress.buckets import Bucket, Entry, build
+from hvd_compress.bucket import Bucket, ParamEntry, build
 from hvd_compress.compressors import Layout
+from hvd_compress.engine.bucketing import teams_of
 
 DTYPES = [torch.float32, torch.float32, torch.float64, torch.bfloat16]
 DEVICES = ["cpu", "cpu", "cpu", "meta"]
 INF = float("inf")
 
 
-def entry(name: str, numel: int = 1, dtype: torch.dtype = torch.float32, device: str = "cpu", group: int = 0) -> Entry:
-    return Entry(Parameter(torch.zeros(numel, dtype=dtype, device=device)), name, group)
+def entry(
+    name: str, numel: int = 1, dtype: torch.dtype = torch.float32, device: str = "cpu", group: int = 0
+) -> ParamEntry:
+    return ParamEntry(Parameter(torch.zeros(numel, dtype=dtype, device=device)), name, group)
 
 
 def names(buckets: list[Bucket]) -> list[list[str]]:
@@ -29,7 +31,7 @@ def names(buckets: list[Bucket]) -> list[list[str]]:
 
 
 @st.composite
-def models(draw: Any) -> tuple[list[Entry], list[frozenset[int]]]:
+def models(draw: Any) -> tuple[list[ParamEntry], list[frozenset[int]]]:
     """Parameters of all kinds, some of them in teams."""
     kinds = draw(
         st.lists(
@@ -55,7 +57,7 @@ def models(draw: Any) -> tuple[list[Entry], list[frozenset[int]]]:
 
 @given(models(), st.booleans(), st.sampled_from([1, 16, 40, 1000, INF]))
 def test_every_rule_of_cutting(
-    model: tuple[list[Entry], list[frozenset[int]]], split_groups: bool, max_bytes: float
+    model: tuple[list[ParamEntry], list[frozenset[int]]], split_groups: bool, max_bytes: float
 ) -> None:
     entries, teams = model
     buckets = build(entries, prefix="b7.", split_groups=split_groups, max_bytes=max_bytes, teams=teams)
@@ -157,13 +159,13 @@ KEEPS_STRIDES = set(SHAPED) - {"with_gaps"}
 
 def bucket_of(*kinds: str, dtype: torch.dtype = torch.float32) -> Bucket:
     torch.manual_seed(0)
-    return Bucket("b", [Entry(Parameter(SHAPED[kind]().to(dtype)), kind, 0) for kind in kinds])
+    return Bucket("b", [ParamEntry(Parameter(SHAPED[kind]().to(dtype)), kind, 0) for kind in kinds])
 
 
 @pytest.mark.parametrize("kind", SHAPED)
 def test_a_view_looks_like_its_parameter(kind: str) -> None:
     bucket = bucket_of("matrix", kind, "offset")
-    parameter, mirror = bucket.parameters[1], bucket.mirror(torch.float32)
+    parameter, mirror = bucket.parameters[1], bucket.flat_buffer(torch.float32)
     view = mirror.views[1]
     assert view.shape == parameter.shape
     if kind in KEEPS_STRIDES:
@@ -174,7 +176,7 @@ def test_a_view_looks_like_its_parameter(kind: str) -> None:
 
 def test_views_cover_the_flat_vector_without_overlap() -> None:
     bucket = bucket_of(*SHAPED)
-    mirror = bucket.mirror(torch.float32)
+    mirror = bucket.flat_buffer(torch.float32)
     assert int(torch.count_nonzero(mirror.flat)) == 0
     assert mirror.flat.is_contiguous()
     assert mirror.flat.numel() == bucket.layout.total == sum(p.numel() for p in bucket.parameters)
@@ -187,16 +189,16 @@ def test_views_cover_the_flat_vector_without_overlap() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 def test_mirrors_may_have_another_dtype(dtype: torch.dtype) -> None:
-    mirror = bucket_of("channels_last", "scalar").mirror(dtype)
+    mirror = bucket_of("channels_last", "scalar").flat_buffer(dtype)
     assert [v.dtype for v in (mirror.flat, *mirror.views)] == [dtype] * 3
 
 
 def test_adopt_keeps_values_and_moves_storage() -> None:
     bucket = bucket_of(*SHAPED)
-    parameters, mirror = list(bucket.parameters), bucket.mirror(bucket.dtype)
+    parameters, mirror = list(bucket.parameters), bucket.flat_buffer(bucket.dtype)
     values = [p.detach().clone() for p in parameters]
     parameters[0].grad = torch.ones_like(parameters[0])
-    bucket.adopt(mirror)
+    bucket.move_params_to(mirror)
     for parameter, value, view in zip(parameters, values, mirror.views):
         assert torch.equal(parameter, value)
         assert parameter.data_ptr() == view.data_ptr()
@@ -216,7 +218,7 @@ def test_adopt_keeps_values_and_moves_storage() -> None:
 def test_the_layout_has_the_shape_in_memory(kind: str) -> None:
     """A piece of the flat vector seen as a matrix must have rows and columns of the parameter, not a mixture."""
     bucket = bucket_of("matrix", kind)
-    parameter, mirror = bucket.parameters[1].detach(), bucket.mirror(torch.float32)
+    parameter, mirror = bucket.parameters[1].detach(), bucket.flat_buffer(torch.float32)
     mirror.views[1].copy_(parameter)
     shape = bucket.layout.shapes[1]
     rows = mirror.flat[12:].view(shape)
@@ -240,11 +242,11 @@ def test_a_layout_that_is_cut_keeps_the_shapes_of_whole_tensors() -> None:
 def test_adopting_again_takes_new_storage_back() -> None:
     """Somebody wrote ``p.data = ...``: his values count, in the old place."""
     bucket = bucket_of("matrix", "scalar", "transposed")
-    mirror = bucket.mirror(bucket.dtype)
-    bucket.adopt(mirror)
+    mirror = bucket.flat_buffer(bucket.dtype)
+    bucket.move_params_to(mirror)
     kept = bucket.parameters[0].detach().clone()
     bucket.parameters[2].data = torch.full((4, 3), 7.0)
-    bucket.adopt(mirror)
+    bucket.move_params_to(mirror)
     assert bucket.parameters[2].data_ptr() == mirror.views[2].data_ptr()
     assert bool((bucket.parameters[2] == 7.0).all())
     assert torch.equal(bucket.parameters[0], kept)
@@ -252,8 +254,8 @@ def test_adopting_again_takes_new_storage_back() -> None:
 
 def test_repoint_takes_the_mirrors_values() -> None:
     bucket = bucket_of("matrix", "transposed")
-    mirror = bucket.mirror(bucket.dtype)
+    mirror = bucket.flat_buffer(bucket.dtype)
     mirror.flat.copy_(torch.arange(24.0))
-    bucket.repoint(mirror)
+    bucket.point_params_at(mirror)
     assert torch.equal(bucket.parameters[0].detach(), torch.arange(12.0).view(3, 4))
     assert torch.equal(bucket.parameters[1].detach(), torch.arange(12.0, 24.0).view(3, 4).t())

@@ -45,29 +45,29 @@ def test_only_uploads_are_let_pass(uploading: Uploading) -> None:
 def test_codecs(uploading: Uploading, compressor: Compressor, dtype: torch.dtype) -> None:
     codec, flat = compressor.codec(LAYOUT, dtype, DEVICE), torch.zeros(50, dtype=dtype, device=DEVICE)
     assert isinstance(codec, Codec)
-    wire = memory(codec)
+    payload = memory(codec)
     for step in range(6):
-        codec.begin(step)
-        codec.encode(flat, wire)
-        codec.accumulate(wire, flat, -0.5)
-        codec.keep_back(wire, flat)
-        if compressor.selects:
-            codec.clear(wire, flat)
+        codec.set_step(step)
+        codec.encode(flat, payload)
+        codec.accumulate(payload, flat, -0.5)
+        codec.subtract_sent(payload, flat)
+        if compressor.is_sparsifier:
+            codec.clear(payload, flat)
         if isinstance(codec, SummableCodec):
-            codec.write(wire, flat)
-            codec.scatter(wire, torch.split(flat, list(LAYOUT.numels)))
+            codec.write(payload, flat)
+            codec.write_tensors(payload, torch.split(flat, list(LAYOUT.numels)))
 
 
 @compressors
 @pytest.mark.parametrize("dtype", WIDE)
 def test_shards(uploading: Uploading, compressor: Compressor, dtype: torch.dtype) -> None:
     shards = compressor.sharded(LAYOUT, [0, 16, 40, 50], dtype, DEVICE)
-    flat, wires = torch.zeros(50, dtype=dtype, device=DEVICE), [memory(codec) for codec in shards.codecs]
+    flat, payloads = torch.zeros(50, dtype=dtype, device=DEVICE), [memory(codec) for codec in shards.codecs]
     for step in range(3):
-        shards.begin(step)
-        shards.encode(flat, wires)
+        shards.set_step(step)
+        shards.encode(flat, payloads)
         for j, codec in enumerate(shards.codecs):
-            codec.accumulate(wires[j], shards.shard(flat, j), 1.0)
+            codec.accumulate(payloads[j], shards.shard(flat, j), 1.0)
 
 
 @compressors
@@ -86,8 +86,8 @@ def test_buckets_of_next_to_nothing(compressor: Compressor, numels: tuple[int, .
     layout = Layout(tuple("abc"[: len(numels)]), numels)
     codec, flat = compressor.codec(layout, torch.float32, torch.device("cpu")), torch.full((layout.total,), -2.0)
     assert isinstance(codec, Codec)
-    wire = torch.zeros(codec.numel, dtype=codec.dtype)
-    codec.begin(0)
-    codec.encode(flat, wire)
-    codec.accumulate(wire, flat, -1.0)
+    payload = torch.zeros(codec.numel, dtype=codec.dtype)
+    codec.set_step(0)
+    codec.encode(flat, payload)
+    codec.accumulate(payload, flat, -1.0)
     assert flat.tolist() == [0.0] * layout.total

@@ -20,13 +20,13 @@ LAYOUT = Layout(("a", "b", "empty", "c", "d"), (35, 1, 0, 1, 48), SHAPES)
 def test_count_sketch(accelerator: Accelerator, columns: int, rows: int, dtype: torch.dtype) -> None:
     codec = CountSketch(rows=rows, columns=columns, density=1).codec(LAYOUT, dtype, DEVICE)
     flat = torch.zeros(LAYOUT.total, dtype=dtype, device=DEVICE)
-    wire = torch.zeros(codec.numel, dtype=codec.dtype, device=DEVICE)
+    payload = torch.zeros(codec.numel, dtype=codec.dtype, device=DEVICE)
     for step in range(3):
-        codec.begin(step)
-        codec.encode(flat, wire)
-        codec.estimate(wire, flat)
-        codec.accumulate(wire, flat, -0.5)
-        found = codec.heavy_hitters(wire, 7)
+        codec.set_step(step)
+        codec.encode(flat, payload)
+        codec.estimate(payload, flat)
+        codec.accumulate(payload, flat, -0.5)
+        found = codec.heavy_hitters(payload, 7)
         assert (found.device, found.dtype, found.shape) == (DEVICE, torch.int64, (7,))
 
 
@@ -34,11 +34,11 @@ def test_a_count_sketch_is_few_operations(accelerator: Accelerator) -> None:
     """However many blocks there are: launching a kernel for each would take longer than the work."""
     n = 10_000_000
     codec = CountSketch(density=1 / 1000).codec(Layout(("a",), (n,)), torch.float32, DEVICE)
-    flat, wire = torch.zeros(n, device=DEVICE), torch.zeros(codec.numel, device=DEVICE)
-    codec.begin(0)
+    flat, payload = torch.zeros(n, device=DEVICE), torch.zeros(codec.numel, device=DEVICE)
+    codec.set_step(0)
     before = accelerator.operations
-    codec.encode(flat, wire)
-    codec.estimate(wire, flat)
+    codec.encode(flat, payload)
+    codec.estimate(payload, flat)
     assert accelerator.operations - before < 2000
 
 
@@ -48,13 +48,13 @@ def test_low_rank(accelerator: Accelerator, rank: int, dtype: torch.dtype) -> No
     codec = LowRank(rank).codec(LAYOUT, dtype, DEVICE)
     flat = torch.zeros(LAYOUT.total, dtype=dtype, device=DEVICE)
     for step in range(3):
-        codec.begin(step)
+        codec.set_step(step)
         for index, numel in enumerate(codec.numels):
-            wire = torch.zeros(numel, dtype=codec.dtype, device=DEVICE)
-            codec.encode(index, flat, wire)
-            codec.receive(index, wire)
+            payload = torch.zeros(numel, dtype=codec.dtype, device=DEVICE)
+            codec.encode(index, flat, payload)
+            codec.receive(index, payload)
         codec.accumulate(flat, -0.5)
-        assert {t.device for t in codec.memory()["warm"]} == {DEVICE}
+        assert {t.device for t in codec.warm_start()["warm"]} == {DEVICE}
     codec.reset()
 
 

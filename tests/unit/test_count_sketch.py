@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hvd_compress import native
-from hvd_compress.compressors import Combine, CountSketch, Layout, hashing, rotations
-from hvd_compress.compressors.draws import draw
+from hvd_compress.compressors import Combine, CountSketch, Layout, counter_rng, sketch_hash
+from hvd_compress.compressors.counter_rng import draw
 from hvd_compress.native import sketch as loops
 from tests.unit.sketching import CPU, DTYPES, coder, estimates, one_way, places, table_of, values, way
 
@@ -47,18 +47,18 @@ def test_sketch_and_estimate_follow_the_formula(
     for j in range(rows):
         np.add.at(expected[j], column[j], sign[j] * v.double().numpy())
 
-    wire = table_of(codec, v)
+    payload = table_of(codec, v)
     assert (codec.rows, codec.columns, codec.numel, codec.dtype) == (rows, c, rows * c, dtype)
     tolerance = 1e-4 if dtype == torch.float32 else 1e-13
-    np.testing.assert_allclose(wire.double().numpy().reshape(rows, c), expected, rtol=0, atol=tolerance)
+    np.testing.assert_allclose(payload.double().numpy().reshape(rows, c), expected, rtol=0, atol=tolerance)
 
-    looked_up = np.stack([sign[j] * wire.double().numpy().reshape(rows, c)[j, column[j]] for j in range(rows)])
-    out = estimates(codec, wire, n)
+    looked_up = np.stack([sign[j] * payload.double().numpy().reshape(rows, c)[j, column[j]] for j in range(rows)])
+    out = estimates(codec, payload, n)
     np.testing.assert_allclose(out.double().numpy(), np.median(looked_up, axis=0), rtol=1e-6)
 
     flat = values(n, 5, dtype)
     before = flat.clone()
-    codec.accumulate(wire, flat, -0.75)
+    codec.accumulate(payload, flat, -0.75)
     torch.testing.assert_close(flat, before - 0.75 * out)
 
 
@@ -87,9 +87,9 @@ def test_what_it_says_of_itself() -> None:
     assert CountSketch().combine is Combine.SKETCH
     assert CountSketch().summable
     assert not CountSketch().lossless
-    assert CountSketch().fraction == 0.01
-    assert CountSketch(density=1).fraction == 5.0
-    assert CountSketch(columns=99).fraction == 1.0
+    assert CountSketch().payload_ratio == 0.01
+    assert CountSketch(density=1).payload_ratio == 5.0
+    assert CountSketch(columns=99).payload_ratio == 1.0
 
 
 @pytest.mark.parametrize(
@@ -146,24 +146,24 @@ def test_a_nan_is_not_lost() -> None:
     v = values(60)
     v[17] = math.nan
     codec = coder(60, columns=20, rows=5)
-    wire = table_of(codec, v)
-    assert torch.isnan(estimates(codec, wire, 60)[17])
-    assert 17 in codec.heavy_hitters(wire, 30).tolist()
+    payload = table_of(codec, v)
+    assert torch.isnan(estimates(codec, payload, 60)[17])
+    assert 17 in codec.heavy_hitters(payload, 30).tolist()
 
 
 def test_each_way_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also with tiles of ordinary size and a rotation in several threads."""
-    monkeypatch.setattr(rotations, "_CPU_TILE", 2**10)
+    monkeypatch.setattr(sketch_hash, "_CPU_TILE", 2**10)
     n, results = 50_000, []
     for setting in ("as it is", "threads", "torch"):
         monkeypatch.setattr(native, "threads", lambda work, parts, k=setting: min(3, parts) if k == "threads" else 1)
         if setting == "torch":
             monkeypatch.setattr(loops, "_sketch", None)
-            monkeypatch.setattr(rotations, "_MAX_SLICES", 2**12)
+            monkeypatch.setattr(sketch_hash, "_MAX_SLICES", 2**12)
         for rows in (1, 2, 3, 5, 8):
             codec = coder(n, 4, columns=1300, rows=rows)
-            wire = table_of(codec, values(n))
-            results.append([wire, estimates(codec, wire, n), codec.heavy_hitters(wire, 2000).clone()])
+            payload = table_of(codec, values(n))
+            results.append([payload, estimates(codec, payload, n), codec.heavy_hitters(payload, 2000).clone()])
     for one, threaded, torchs in zip(results[:5], results[5:10], results[10:]):
         assert all(torch.equal(a, b) for a, b in zip(one, threaded))
         assert float((one[0] - torchs[0]).abs().max()) < 2e-6 * float(one[0].abs().max())
@@ -176,23 +176,23 @@ def test_each_way_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_draw_is_pinned() -> None:
     """Ranks may run different releases: the draw is part of the format."""
     codec = coder(1000, 3, columns=100, rows=2)
-    wire = table_of(codec, torch.arange(1000.0))
-    assert wire[:4].tolist() == [336.0, 436.0, 436.0, 436.0]
+    payload = table_of(codec, torch.arange(1000.0))
+    assert payload[:4].tolist() == [336.0, 436.0, 436.0, 436.0]
 
 
 def test_hashing_is_the_numpy_draw() -> None:
-    keys = hashing.outputs(2**64 - 5, 300, CPU)
+    keys = counter_rng.outputs(2**64 - 5, 300, CPU)
     expected = np.array([draw(np.array([2**64 - 5], dtype=np.uint64), i)[0] for i in range(300)])
     assert np.array_equal(keys.numpy().view(np.uint64), expected)
     for step in (0, 1, 10**9):
-        assert np.array_equal(hashing.at(keys, step).numpy().view(np.uint64), draw(expected, step))
+        assert np.array_equal(counter_rng.at(keys, step).numpy().view(np.uint64), draw(expected, step))
 
 
 @pytest.mark.parametrize("other", [{"step": 1}, {"seed": 1}, {"name": "b"}])
 def test_step_seed_and_name_change_the_hash(other: dict[str, Any]) -> None:
     def table(step: int = 0, seed: int = 0, name: str = "a") -> Tensor:
         codec = CountSketch(seed=seed, columns=50).codec(Layout((name, "c"), (400, 100)), torch.float32, CPU)
-        codec.begin(step)
+        codec.set_step(step)
         return table_of(codec, values(500))
 
     assert torch.equal(table(), table())
@@ -209,7 +209,7 @@ def test_a_codec_remembers_nothing_of_earlier_steps() -> None:
     one, other = coder(300, 7, columns=30), coder(300, 2, columns=30)
     table_of(other, values(300, 3))
     for step in (9, 7):
-        other.begin(step)
+        other.set_step(step)
     assert torch.equal(table_of(one, values(300)), table_of(other, values(300)))
     assert table_of(one, values(300)).numel() == one.numel == 150
 

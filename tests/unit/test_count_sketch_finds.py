@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hvd_compress.compressors import CountSketch, Layout, rotations
+from hvd_compress.compressors import CountSketch, Layout, sketch_hash
 from tests.unit.sketching import CPU, DTYPES, Array, coder, estimates, one_way, table_of, values, way
 
 __all__ = ["way"]  # the fixture
@@ -28,7 +28,7 @@ def test_estimates_are_unbiased_with_the_variance_of_a_full_hash(way: str, rows:
     v = values(n)
     codec, drawn = coder(n, columns=c, rows=rows), np.zeros((steps, n))
     for step in range(steps):
-        codec.begin(step)
+        codec.set_step(step)
         drawn[step] = estimates(codec, table_of(codec, v), n).numpy()
     error = drawn - v.numpy()
     blocks = np.array([float((b**2).sum()) for b in np.split(v.double().numpy(), range(c, n, c))])
@@ -63,9 +63,9 @@ def test_recall_is_that_of_a_full_random_hash(way: str, ratio: int) -> None:
     codec = coder(n, columns=ratio * k, rows=5)
     ours, theirs = [], []
     for trial in range(trials):
-        codec.begin(trial)
-        wire = table_of(codec, torch.from_numpy(v).float())
-        ours.append(recall(v, codec.heavy_hitters(wire, k).numpy(), k))
+        codec.set_step(trial)
+        payload = table_of(codec, torch.from_numpy(v).float())
+        ours.append(recall(v, codec.heavy_hitters(payload, k).numpy(), k))
         theirs.append(random_hash_recall(v, 5, ratio * k, k, trial))
     assert abs(np.mean(ours) - np.mean(theirs)) < 0.05
     assert np.mean(ours) > (0.15 if ratio == 2 else 0.7)
@@ -86,10 +86,10 @@ def test_heavy_hitters_are_the_largest_estimates(
 ) -> None:
     v = values(n, dtype=dtype)
     codec, count = coder(n, dtype=dtype, columns=columns), min(n, count)
-    wire = table_of(codec, v.round() if ties else v)
-    found = codec.heavy_hitters(wire, count)
+    payload = table_of(codec, v.round() if ties else v)
+    found = codec.heavy_hitters(payload, count)
     assert found.dtype == torch.int64
-    assert found.tolist() == largest(estimates(codec, wire, n), count)
+    assert found.tolist() == largest(estimates(codec, payload, n), count)
 
 
 N = 300_000
@@ -110,12 +110,12 @@ HARD: dict[str, Any] = {
 @pytest.mark.parametrize("kind", HARD)
 def test_heavy_hitters_whatever_the_distribution(way: str, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """Exact sketches, so that the vector is the estimate; counts that change what is scratch."""
-    monkeypatch.setattr(rotations, "_CPU_TILE", 2**16)
+    monkeypatch.setattr(sketch_hash, "_CPU_TILE", 2**16)
     v = HARD[kind]()
     codec = coder(N, density=1, rows=3)
-    wire = table_of(codec, v)
+    payload = table_of(codec, v)
     for count in (1, 30_000, 700):
-        found = codec.heavy_hitters(wire, count)
+        found = codec.heavy_hitters(payload, count)
         assert torch.equal(found, torch.tensor(largest(v, count))), count
 
 
@@ -129,7 +129,7 @@ def test_a_count_out_of_range(count: int) -> None:
 @pytest.mark.parametrize("layout", [Layout((), ()), Layout(("a",), (0,))])
 def test_nothing(layout: Layout) -> None:
     codec, nothing = CountSketch().codec(layout, torch.float32, CPU), torch.empty(0)
-    codec.begin(0)
+    codec.set_step(0)
     codec.encode(nothing, nothing)
     codec.estimate(nothing, nothing)
     codec.accumulate(nothing, nothing, 1.0)
@@ -140,7 +140,7 @@ def test_nothing(layout: Layout) -> None:
 def test_sharding_gives_tables_of_the_shards() -> None:
     layout: Layout = Layout(("a", "b"), (100, 60))
     sharded = CountSketch(columns=9).sharded(layout, [0, 80, 160], torch.float32, CPU)
-    wires: list[Optional[Tensor]] = [torch.empty(codec.numel) for codec in sharded.codecs]
-    sharded.begin(1)
-    sharded.encode(values(160), wires)  # type: ignore[arg-type]
+    payloads: list[Optional[Tensor]] = [torch.empty(codec.numel) for codec in sharded.codecs]
+    sharded.set_step(1)
+    sharded.encode(values(160), payloads)  # type: ignore[arg-type]
     assert [codec.numel for codec in sharded.codecs] == [45, 45]

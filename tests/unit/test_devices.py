@@ -10,15 +10,15 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from hvd_compress import DEF, EF, Algorithm, Average, Cast, Compressor, Dense, Identity, RandomBlock, Sum
-from hvd_compress.algorithms.folding import Folder, stand
-from hvd_compress.algorithms.states import GradientState, Rate, UpdateState
-from hvd_compress.buckets import Bucket, Entry
-from hvd_compress.collectives import Pending
+from hvd_compress.algorithms.bucket_state import GradientState, Rate, UpdateState
+from hvd_compress.algorithms.residual_update import Folder, stand
+from hvd_compress.bucket import Bucket, ParamEntry
+from hvd_compress.comm.communicator import Handle
 from hvd_compress.compressors import Layout, SummableCodec
-from hvd_compress.consensus import _checksum
+from hvd_compress.engine.reducer import Reducer
+from hvd_compress.engine.step_check import RewriteWatch, digest
 from hvd_compress.exchange import Context, Reduction
-from hvd_compress.reducer import Reducer
-from hvd_compress.rewrites import RewriteWatch, digest
+from hvd_compress.optimizer.consensus import _checksum
 from hvd_compress.telemetry import Recorder
 from tests.unit.accelerator import DEVICE, Accelerator, HostWaits, accelerator
 
@@ -27,8 +27,8 @@ __all__ = ["accelerator"]  # the fixture
 COMPRESSORS = [RandomBlock(density=0.3), RandomBlock(density=1), Identity(), Cast(), Cast(torch.float32)]
 
 
-class StubLink:
-    """A link of ``size`` ranks whose collectives are complete at once; ``calls`` are (name, dtype, numel, op)."""
+class StubCommunicator:
+    """A comm of ``size`` ranks whose collectives are complete at once; ``calls`` are (name, dtype, numel, op)."""
 
     member, rank = True, 0
 
@@ -38,11 +38,11 @@ class StubLink:
 
     def allreduce_async(
         self, tensor: Tensor, name: str, op: int = Average, prescale: float = 1.0, postscale: float = 1.0
-    ) -> Pending:
+    ) -> Handle:
         assert tensor.is_contiguous()
         self.calls.append((name, tensor.dtype, tensor.numel(), op))
         self.sent += 2 * (self.size - 1) / self.size * tensor.numel() * tensor.element_size()
-        return Pending(None)
+        return Handle(None)
 
     def allreduce(self, tensor: Tensor, name: str, op: int = Average) -> Tensor:
         self.allreduce_async(tensor, name, op)
@@ -54,7 +54,7 @@ def bucket(dtype: torch.dtype = torch.float32, device: torch.device = DEVICE) ->
     tensors = [torch.empty(shape, dtype=dtype, device=device) for shape in ((7, 5), (), (0, 3), (4, 3, 2, 2))]
     tensors[3] = tensors[3].to(memory_format=torch.channels_last)
     parameters = [Parameter(tensor) for tensor in tensors]
-    return Bucket("bucket", [Entry(p, f"p{i}", 0) for i, p in enumerate(parameters)])
+    return Bucket("bucket", [ParamEntry(p, f"p{i}", 0) for i, p in enumerate(parameters)])
 
 
 # -- the harness itself --------------------------------------------------------------------------------
@@ -107,14 +107,14 @@ def test_codecs(accelerator: Accelerator, compressor: Compressor, dtype: torch.d
     layout = Layout(("a", "empty", "b", "c"), (40, 0, 1, 9))
     codec, flat = compressor.codec(layout, dtype, DEVICE), torch.zeros(50, dtype=dtype, device=DEVICE)
     assert isinstance(codec, SummableCodec)
-    wire = torch.zeros(codec.numel, dtype=codec.dtype, device=DEVICE)
+    payload = torch.zeros(codec.numel, dtype=codec.dtype, device=DEVICE)
     for step in range(6):
-        codec.begin(step)
-        codec.encode(flat, wire)
-        codec.accumulate(wire, flat, -0.5)
-        codec.keep_back(wire, flat)
-        codec.write(wire, flat)
-        codec.scatter(wire, torch.split(flat, list(layout.numels)))
+        codec.set_step(step)
+        codec.encode(flat, payload)
+        codec.accumulate(payload, flat, -0.5)
+        codec.subtract_sent(payload, flat)
+        codec.write(payload, flat)
+        codec.write_tensors(payload, torch.split(flat, list(layout.numels)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -164,7 +164,7 @@ CASES = [
 cases = pytest.mark.parametrize(("dtype", "reduction"), CASES, ids=str)
 GRADIENT_ALGORITHMS: list[Algorithm] = [
     Dense(),
-    Dense(wire=Cast()),
+    Dense(Cast()),
     *(EF(c) for c in COMPRESSORS),
     EF(COMPRESSORS[0], rescale_residual=False),
 ]
@@ -183,8 +183,8 @@ def test_gradient_algorithms(
     accelerator: Accelerator, algorithm: Algorithm, dtype: torch.dtype, reduction: Reduction
 ) -> None:
     """Steps with own gradients, with the last results, with none, with some absorbed early; rates change."""
-    b, link = bucket(dtype), StubLink()
-    state = algorithm.attach(b, Context(link, reduction, Recorder()))  # type: ignore[arg-type]
+    b, comm = bucket(dtype), StubCommunicator()
+    state = algorithm.attach(b, Context(comm, reduction, Recorder()))  # type: ignore[arg-type]
     assert isinstance(state, GradientState)
     own: list[Optional[Tensor]] = [torch.empty_like(p) for p in b.parameters]
     results: list[Tensor] = []
@@ -192,21 +192,21 @@ def test_gradient_algorithms(
         choices: list[list[Optional[Tensor]]] = [own, [*results], [None] * 4, [None, own[1], *results[2:]]]
         gradients = choices[step]
         if step in (1, 3):
-            gradients[3] = state.absorb(3, results[3], rate)
+            gradients[3] = state.accumulate_grad(3, results[3], rate)
         state.start(step, gradients, rate)
         results = state.finish()
         assert [(g.shape, g.dtype, g.device) for g in results] == [(p.shape, dtype, DEVICE) for p in b.parameters]
     state.residual()
     state.owed(0.1)
     state.forgive()
-    assert len(link.calls) == 4
-    assert len(set(link.calls)) == 1, "one collective per step, always of the same name, size, dtype and op"
+    assert len(comm.calls) == 4
+    assert len(set(comm.calls)) == 1, "one collective per step, always of the same name, size, dtype and op"
 
 
 def run_updates(algorithm: Algorithm, dtype: torch.dtype, reduction: Reduction) -> None:
     """Steps with changing rates, then what consensus points and checkpoints do."""
-    b, link = bucket(dtype), StubLink()
-    state = algorithm.attach(b, Context(link, reduction, Recorder()))  # type: ignore[arg-type]
+    b, comm = bucket(dtype), StubCommunicator()
+    state = algorithm.attach(b, Context(comm, reduction, Recorder()))  # type: ignore[arg-type]
     assert isinstance(state, UpdateState)
     for step, lr in enumerate((0.1, 0.1, 0.0, 0.01)):
         state.local.flat.mul_(0.9)
@@ -216,9 +216,9 @@ def run_updates(algorithm: Algorithm, dtype: torch.dtype, reduction: Reduction) 
     state.place()
     state.anchor()
     assert {p.device for p in b.parameters} == {DEVICE}
-    names = {call[0] for call in link.calls}
-    assert len(link.calls) == 4 * len(names)
-    assert len(set(link.calls)) == len(names), "a collective has the same size, dtype and op at every step"
+    names = {call[0] for call in comm.calls}
+    assert len(comm.calls) == 4 * len(names)
+    assert len(set(comm.calls)) == len(names), "a collective has the same size, dtype and op at every step"
 
 
 @cases
@@ -247,8 +247,8 @@ def test_whole_steps(
     parameters = [*on_device.parameters, *on_host.parameters]
     optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9, foreach=False)
     names = {p: f"p{i}" for i, p in enumerate(parameters)}
-    link = StubLink(size)
-    reducer = Reducer(optimizer, names, algorithm, link, Reduction(), 1, None, True)  # type: ignore[arg-type]
+    comm = StubCommunicator(size)
+    reducer = Reducer(optimizer, names, algorithm, comm, Reduction(), 1, None, True)  # type: ignore[arg-type]
     for _ in range(3):
         for p in parameters:
             p.grad = torch.zeros_like(p)
@@ -261,14 +261,14 @@ def test_whole_steps(
             optimizer.step()
     assert reducer.step == 3
     assert {s.bucket.device.type for s in reducer.states} == {"cuda", "cpu"}
-    assert len(link.calls) == 6
+    assert len(comm.calls) == 6
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_watching_for_rewrites(accelerator: Accelerator, dtype: torch.dtype) -> None:
     """All of a step but its verdict, which the host must read: it decides what is done before the next step."""
-    link = StubLink()
-    watch, points = RewriteWatch(link), [b.mirror(b.dtype) for b in (bucket(), bucket(dtype))]  # type: ignore[arg-type]
+    comm = StubCommunicator()
+    watch, points = RewriteWatch(comm), [b.flat_buffer(b.dtype) for b in (bucket(), bucket(dtype))]  # type: ignore[arg-type]
     for _ in range(2):
         watch.launch(points)
         watch.forget()
@@ -276,7 +276,7 @@ def test_watching_for_rewrites(accelerator: Accelerator, dtype: torch.dtype) -> 
     before = accelerator.operations
     watch.launch(points)
     assert accelerator.operations - before < 25, "a few operations, however many parameters"
-    assert set(link.calls) == {("rewrites", torch.float32, 7, Sum)}, "one row: here, and a number for each parameter"
+    assert set(comm.calls) == {("rewrites", torch.float32, 7, Sum)}, "one row: here, and a number for each parameter"
     assert digest(points[1].flat).dtype == torch.int64
     with pytest.raises(HostWaits, match="host"):  # the verdict needs real numbers
         watch.rewritten(points)
@@ -286,7 +286,7 @@ def test_watching_for_rewrites(accelerator: Accelerator, dtype: torch.dtype) -> 
 @pytest.mark.parametrize("alone", [True, False])
 def test_heeding_rewrites(accelerator: Accelerator, coefficient: float, alone: bool) -> None:
     b = bucket(torch.bfloat16)
-    state = DEF(COMPRESSORS[0], coefficient).attach(b, Context(StubLink(), Reduction(), Recorder()))  # type: ignore[arg-type]
+    state = DEF(COMPRESSORS[0], coefficient).attach(b, Context(StubCommunicator(), Reduction(), Recorder()))  # type: ignore[arg-type]
     assert isinstance(state, UpdateState)
     for flags in ([True, False, False, True], [True, True, False, True], [False] * 4):
         state.heed(flags, alone)

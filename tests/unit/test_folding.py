@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hvd_compress import native
-from hvd_compress.algorithms import folding
-from hvd_compress.algorithms.folding import TILE, Folder, stand
+from hvd_compress.algorithms import residual_update
+from hvd_compress.algorithms.residual_update import TILE, Folder, stand
 
 SMALL = 512  # most tests use smaller tiles, to be quick
 PAIRS = [
@@ -65,7 +65,7 @@ def size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int
     """Lengths around the borders of small tiles, and one of three tiles of the real size."""
     if request.param == "real":
         return 2 * TILE + 17
-    monkeypatch.setattr(folding, "TILE", SMALL)
+    monkeypatch.setattr(residual_update, "TILE", SMALL)
     return int(request.param)
 
 
@@ -211,7 +211,7 @@ def test_rounding_does_not_depend_on_the_position(
 POSITIONS = """
 import torch
 from hvd_compress import native
-from hvd_compress.algorithms.folding import Folder, stand
+from hvd_compress.algorithms.residual_update import Folder, stand
 
 native.GRAIN = 10_000
 x, e = (torch.randn(200_003, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
@@ -254,7 +254,7 @@ def test_nor_on_the_instruction_set() -> None:
 def test_any_tile_gives_the_same_bits(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
     for tile in (1, 3, 30, 31, 32, TILE):
-        monkeypatch.setattr(folding, "TILE", tile)
+        monkeypatch.setattr(residual_update, "TILE", tile)
         x, e, z = (normal(n, torch.float32, seed) for seed in range(3))
         Folder(x, e, z).fold(0.3, 0.7, 0.5)
         results.append((x, e, z))

@@ -16,9 +16,9 @@ N, K = 10, 3
 def message(codec: TopKCodec, vector: dict[int, float]) -> torch.Tensor:
     flat = torch.zeros(N)
     flat[list(vector)] = torch.tensor(list(vector.values()))
-    wire = torch.zeros(codec.numel, dtype=torch.uint8)
-    codec.encode(flat, wire)
-    return wire
+    payload = torch.zeros(codec.numel, dtype=torch.uint8)
+    codec.encode(flat, payload)
+    return payload
 
 
 def merge(a: dict[int, float], b: dict[int, float]) -> tuple[dict[int, float], dict[int, float]]:

@@ -41,8 +41,8 @@ def coders(compressor: Compressor, dtype: torch.dtype) -> list[tuple[Any, Any]]:
     """The codec of a bucket and that of its shards, each with memory for what it writes."""
     codec, shards = compressor.codec(LAYOUT, dtype, CPU), compressor.sharded(LAYOUT, [0, 16, 40, 50], dtype, CPU)
     assert isinstance(codec, Codec)
-    wire, *wires = (torch.zeros(c.numel, dtype=c.dtype) for c in (codec, *shards.codecs))
-    return [(codec, wire), (shards, wires)]
+    payload, *payloads = (torch.zeros(c.numel, dtype=c.dtype) for c in (codec, *shards.codecs))
+    return [(codec, payload), (shards, payloads)]
 
 
 @compressors
@@ -52,9 +52,9 @@ def test_it_is_what_decoding_takes_off(compressor: Compressor, dtype: torch.dtyp
     for step in range(4):
         for coder, message in pairs:
             kept, expected = values(dtype, step), values(dtype, step)
-            coder.begin(step)
+            coder.set_step(step)
             coder.encode(kept, message)
-            coder.keep_back(message, kept)
+            coder.subtract_sent(message, kept)
             coder.accumulate(message, expected, -1.0)
             assert torch.equal(kept, expected)
 
@@ -69,7 +69,7 @@ def test_what_is_no_number_leaves_when_it_is_sent(compressor: Compressor, dtype:
         flat = values(dtype, 9)
         flat[[3, 45]] = bad
         for step in range(200):
-            coder.begin(step)
+            coder.set_step(step)
             coder.encode(flat, message)
-            coder.keep_back(message, flat)
+            coder.subtract_sent(message, flat)
         assert bool(flat.isfinite().all()), flat

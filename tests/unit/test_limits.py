@@ -23,7 +23,7 @@ from hvd_compress import (
     TopK,
     Warmup,
 )
-from hvd_compress.buckets import Bucket, Entry, build
+from hvd_compress.bucket import Bucket, ParamEntry, build
 from hvd_compress.exchange import require_countable
 
 WARM = Warmup(TopK(1 / 1000), (1.0, 0.25))
@@ -42,7 +42,7 @@ OTHERS: list[Any] = [
 def buckets_of(algorithm: Any, ranks: int, dtype: torch.dtype) -> list[Bucket]:
     """A hundred parameters of 2^26 elements, without their memory."""
     parameters = [Parameter(torch.empty(2**26, dtype=dtype, device="meta")) for _ in range(100)]
-    entries = [Entry(p, f"p{i}", 0) for i, p in enumerate(parameters)]
+    entries = [ParamEntry(p, f"p{i}", 0) for i, p in enumerate(parameters)]
     max_bytes = min(algorithm.bucket_bytes, algorithm.bucket_limit(ranks))
     return build(entries, prefix="", split_groups=False, max_bytes=max_bytes)
 
@@ -53,7 +53,7 @@ def payload(algorithm: Any, elements: int) -> float:
         return max(payload(type(algorithm)(WARM.at(step)), elements) for step in (100, 200))
     if isinstance(algorithm.compressor, TopK):
         return 8.0 * algorithm.compressor.density * elements
-    return 4.0 * algorithm.compressor.fraction * elements
+    return 4.0 * algorithm.compressor.payload_ratio * elements
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -93,7 +93,7 @@ def test_each_stage_of_a_warm_up_is_cut_by_how_it_travels() -> None:
 
 
 def test_what_cannot_be_cut_is_refused_by_name() -> None:
-    bucket = Bucket("bucket0.0", [Entry(Parameter(torch.zeros(4)), "embedding.weight", 0)])
+    bucket = Bucket("bucket0.0", [ParamEntry(Parameter(torch.zeros(4)), "embedding.weight", 0)])
     require_countable(bucket, "payloads", 2**31 - 1)
     with pytest.raises(ValueError, match=r"'embedding\.weight'.* 2147483648 .*smaller density"):
         require_countable(bucket, "payloads", 2**31)

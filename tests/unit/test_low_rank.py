@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hvd_compress.compressors import Combine, Layout, LowRank, hashing
+from hvd_compress.compressors import Combine, Layout, LowRank, counter_rng
 from hvd_compress.compressors.low_rank import LowRankCodec
 
 CPU = torch.device("cpu")
@@ -33,12 +33,12 @@ def coder(layout: Layout = LAYOUT, dtype: torch.dtype = torch.float32, **argumen
 def exchange(codecs: Sequence[LowRankCodec], flats: Sequence[Tensor], step: int = 0) -> list[Tensor]:
     """What each rank decodes."""
     for codec in codecs:
-        codec.begin(step)
+        codec.set_step(step)
     for index, numel in enumerate(codecs[0].numels):
-        wires = [torch.full((numel,), math.nan, dtype=codecs[0].dtype) for _ in codecs]
-        for codec, flat, wire in zip(codecs, flats, wires):
-            codec.encode(index, flat, wire)
-        mean = torch.stack(wires).mean(0)
+        payloads = [torch.full((numel,), math.nan, dtype=codecs[0].dtype) for _ in codecs]
+        for codec, flat, payload in zip(codecs, flats, payloads):
+            codec.encode(index, flat, payload)
+        mean = torch.stack(payloads).mean(0)
         for codec in codecs:
             codec.receive(index, mean)
             # What is received is kept by the codec: the buffer belongs to the caller.
@@ -143,7 +143,7 @@ def test_sizes(rank: int, dtype: torch.dtype) -> None:
     whole = sum(numel for numel, (_, _, r) in zip(LAYOUT.numels, factors) if not r)
     assert codec.numels == (sum(n * r for n, _, r in factors) + whole, sum(m * r for _, m, r in factors))
     assert codec.dtype == dtype
-    warm = codec.memory()["warm"]
+    warm = codec.warm_start()["warm"]
     assert [tuple(t.shape) for t in warm] == [(m, r) if r else (0,) for _, m, r in factors]
 
 
@@ -152,7 +152,7 @@ def test_sizes(rank: int, dtype: torch.dtype) -> None:
 def test_ranks_together_do_powersgd_of_the_mean(ranks: int, dtype: torch.dtype) -> None:
     """Algorithm 1 of the paper, in float64, on the mean of the ranks' matrices; warm over steps."""
     codecs = [coder(dtype=dtype, rank=2) for _ in range(ranks)]
-    q = {i: codecs[0].memory()["warm"][i].double().clone() for i in MATRICES}
+    q = {i: codecs[0].warm_start()["warm"][i].double().clone() for i in MATRICES}
     for step in range(4):
         flats = [values(LAYOUT.total, seed=10 * step + k, dtype=dtype) for k in range(ranks)]
         decoded = exchange(codecs, flats, step)
@@ -249,8 +249,8 @@ def test_memory_is_the_state() -> None:
     one, other = coder(rank=2), coder(rank=2)
     for step in range(3):
         exchange([one], [values(LAYOUT.total, seed=step)], step)
-    saved = [t.clone() for t in one.memory()["warm"]]
-    for target, source in zip(other.memory()["warm"], saved):
+    saved = [t.clone() for t in one.warm_start()["warm"]]
+    for target, source in zip(other.warm_start()["warm"], saved):
         target.copy_(source)
     flat = values(LAYOUT.total, seed=9)
     assert torch.equal(exchange([one], [flat], 3)[0], exchange([other], [flat], 3)[0])
@@ -259,16 +259,16 @@ def test_memory_is_the_state() -> None:
 def test_names_and_seeds_draw_and_positions_do_not() -> None:
     layout = Layout(("a", "b"), (600, 600), ((30, 20), (30, 20)))
     turned = Layout(("b", "a"), (600, 600), ((30, 20), (30, 20)))
-    a, b = coder(layout).memory()["warm"]
-    assert torch.equal(coder(turned).memory()["warm"][1], a)
+    a, b = coder(layout).warm_start()["warm"]
+    assert torch.equal(coder(turned).warm_start()["warm"][1], a)
     assert not torch.allclose(a, b)
-    assert not torch.allclose(coder(layout, seed=1).memory()["warm"][0], a)
+    assert not torch.allclose(coder(layout, seed=1).warm_start()["warm"][0], a)
     config = LowRank()
     assert not torch.equal(config.encode(values(30, 20), "a", 0).values, config.encode(values(30, 20), "a", 1).values)
 
 
 def test_the_draw_is_pinned_and_nearly_normal() -> None:
-    drawn = hashing.nearly_normal(12345, (500, 200), CPU)
+    drawn = counter_rng.nearly_normal(12345, (500, 200), CPU)
     assert drawn.dtype == torch.float32
     assert drawn[0, :3].tolist() == [-1.0834832191467285, 1.741063117980957, -1.019234299659729]
     assert abs(float(drawn.mean())) < 5 / math.sqrt(1e5)

@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from hvd_compress import DEF, EF, LIEC, Algorithm, Cast, Dense, GlobalSketch, Policy, RandomBlock, TopK
-from hvd_compress.buckets import Entry
+from hvd_compress.bucket import ParamEntry
 
 BLOCK = RandomBlock(density=0.25)
 
 
 def chosen(policy: Algorithm, *shape: int, name: str = "weight", group: int = 0) -> Algorithm:
-    return policy.choose(Entry(nn.Parameter(torch.zeros(shape)), name, group))
+    return policy.choose(ParamEntry(nn.Parameter(torch.zeros(shape)), name, group))
 
 
 def test_the_first_rule_that_applies_wins() -> None:

@@ -218,11 +218,11 @@ def test_global_generators_are_neither_used_nor_moved() -> None:
 
     def work() -> list[object]:
         codec = block.codec(Layout(("a", "b"), (20, 30)), torch.float32, v.device)
-        codec.begin(4)
-        wire = torch.empty(codec.numel)
-        codec.encode(v, wire)
+        codec.set_step(4)
+        sent = torch.empty(codec.numel)
+        codec.encode(v, sent)
         payload = block.encode(v, "a", 9)
-        return [block.selection("a", 50, 9), wire.tolist(), block.decode(payload).tolist()]
+        return [block.selection("a", 50, 9), sent.tolist(), block.decode(payload).tolist()]
 
     def states() -> list[object]:
         return [torch.get_rng_state().tolist(), repr(np.random.get_state()), random.getstate()]
@@ -241,12 +241,12 @@ def test_global_generators_are_neither_used_nor_moved() -> None:
 def test_a_codec_remembers_nothing_of_earlier_steps() -> None:
     layout = Layout(("a", "b", "c"), (20, 1, 33))
     v = torch.arange(54.0)
-    wires = []
+    payloads = []
     for history in ((), (900, 2, 2), (5, 6)):
         codec = RandomBlock(density=0.3).codec(layout, torch.float32, v.device)
         for step in (*history, 5):
-            codec.begin(step)
-        wires.append(torch.empty(codec.numel))
-        codec.encode(v, wires[-1])
-    assert torch.equal(wires[0], wires[1])
-    assert torch.equal(wires[0], wires[2])
+            codec.set_step(step)
+        payloads.append(torch.empty(codec.numel))
+        codec.encode(v, payloads[-1])
+    assert torch.equal(payloads[0], payloads[1])
+    assert torch.equal(payloads[0], payloads[2])

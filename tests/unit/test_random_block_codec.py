@@ -152,7 +152,7 @@ def decoded(block: RandomBlock, layout: Layout, flat: Tensor, step: int) -> Tens
 def at_step(block: RandomBlock, layout: Layout, dtype: torch.dtype, step: int) -> tuple[SummableCodec, Tensor]:
     codec = block.codec(layout, dtype, CPU)
     assert isinstance(codec, SummableCodec)
-    codec.begin(step)
+    codec.set_step(step)
     return codec, torch.full((codec.numel,), math.nan, dtype=codec.dtype)
 
 
@@ -161,37 +161,37 @@ def test_a_bucket_is_its_tensors(layout: Layout, density: float, seed: int, step
     block = RandomBlock(density=density, seed=seed)
     flat = values((layout.total,), dtype)
     original = flat.clone()
-    codec, wire = at_step(block, layout, dtype, step)
+    codec, payload = at_step(block, layout, dtype, step)
     expected = decoded(block, layout, flat, step)
 
-    codec.encode(flat, wire)
+    codec.encode(flat, payload)
     assert same_bits(flat, original), "encode must not touch its input"
     assert codec.dtype == dtype
-    assert codec.restricts
+    assert codec.data_independent
     assert codec.numel == sum(max(1, math.floor(n * density)) if n else 0 for n in layout.numels)
-    assert torch.equal(wire.sort().values, expected[expected != 0].sort().values)
+    assert torch.equal(payload.sort().values, expected[expected != 0].sort().values)
 
     written = torch.zeros_like(flat)
-    codec.write(wire, written)
+    codec.write(payload, written)
     assert same_bits(written, expected)
 
     # write leaves the other coordinates alone, bit by bit
     background = values((layout.total,), dtype, seed=5)
     over = background.clone()
-    codec.write(wire, over)
+    codec.write(payload, over)
     assert same_bits(over, torch.where(expected != 0, expected, background))
 
     parts = [part.clone() for part in torch.split(background, list(layout.numels))]
-    codec.scatter(wire, parts)
+    codec.write_tensors(payload, parts)
     assert same_bits(torch.cat(parts), over)
 
     added = background.clone()
-    codec.accumulate(wire, added, -1.5)
+    codec.accumulate(payload, added, -1.5)
     torch.testing.assert_close(added, background - 1.5 * expected)
     assert same_bits(added[expected == 0], background[expected == 0])
 
     # what is given away leaves exactly nothing behind
-    codec.accumulate(wire, flat, -1.0)
+    codec.accumulate(payload, flat, -1.0)
     assert same_bits(flat, torch.where(expected != 0, torch.zeros_like(flat), original))
 
 
@@ -201,18 +201,18 @@ def test_bucket_payloads_add(layout: Layout, density: float, step: int) -> None:
     a, b = values((layout.total,), seed=1), values((layout.total,), seed=2)
     codec, wire_a = at_step(block, layout, torch.float32, step)
     wire_b, both = wire_a.clone(), wire_a.clone()
-    for flat, wire in ((a, wire_a), (b, wire_b), (a + b, both)):
-        codec.encode(flat, wire)
+    for flat, payload in ((a, wire_a), (b, wire_b), (a + b, both)):
+        codec.encode(flat, payload)
     assert same_bits(wire_a + wire_b, both)
 
 
 @given(layouts, st.integers(0, 1000))
 def test_density_one_sends_the_whole_bucket(layout: Layout, step: int) -> None:
     flat = values((layout.total,))
-    codec, wire = at_step(RandomBlock(density=1), layout, torch.float32, step)
-    codec.encode(flat, wire)
+    codec, payload = at_step(RandomBlock(density=1), layout, torch.float32, step)
+    codec.encode(flat, payload)
     out = torch.zeros_like(flat)
-    codec.write(wire, out)
+    codec.write(payload, out)
     assert codec.numel == layout.total
     assert same_bits(out, flat)
 
@@ -220,12 +220,12 @@ def test_density_one_sends_the_whole_bucket(layout: Layout, step: int) -> None:
 @given(layouts, densities)
 def test_the_size_of_the_payload_never_changes(layout: Layout, density: float) -> None:
     """A collective of the same name must have the same size at every step."""
-    codec, wire = at_step(RandomBlock(density=density), layout, torch.float32, 0)
+    codec, payload = at_step(RandomBlock(density=density), layout, torch.float32, 0)
     flat = values((layout.total,))
     for step in range(30):
-        codec.begin(step)
-        codec.encode(flat, wire)
-        assert wire.numel() == codec.numel
+        codec.set_step(step)
+        codec.encode(flat, payload)
+        assert payload.numel() == codec.numel
 
 
 @given(layouts, densities, st.integers(0, 1000))
@@ -236,9 +236,9 @@ def test_a_tensor_is_cut_alike_in_any_bucket(layout: Layout, density: float, ste
     parts = torch.split(flat, list(layout.numels))
     images = []
     for order, vector in ((layout, flat), (turned, torch.cat(parts[::-1]))):
-        codec, wire = at_step(block, order, torch.float32, step)
-        codec.encode(vector, wire)
+        codec, payload = at_step(block, order, torch.float32, step)
+        codec.encode(vector, payload)
         out = torch.zeros_like(vector)
-        codec.write(wire, out)
+        codec.write(payload, out)
         images.append(dict(zip(order.names, torch.split(out, list(order.numels)))))
     assert all(same_bits(images[0][name], images[1][name]) for name in layout.names)

@@ -157,7 +157,7 @@ def test_what_it_says_of_itself() -> None:
     assert RandomK.combine is Combine.SUM
     assert RandomK().summable
     assert not RandomK().lossless
-    assert RandomK(0.25).fraction == 0.25
+    assert RandomK(0.25).payload_ratio == 0.25
 
 
 @given(shapes, st.sampled_from(DTYPES), densities, st.integers(0, 9), st.integers(0, 1000))
@@ -209,7 +209,7 @@ def test_a_payload_is_a_copy(density: float) -> None:
 
 def at_step(compressor: RandomK, layout: Layout, dtype: torch.dtype, step: int) -> tuple[SummableCodec, Tensor]:
     codec = compressor.codec(layout, dtype, CPU)
-    codec.begin(step)
+    codec.set_step(step)
     return codec, torch.full((codec.numel,), math.nan, dtype=codec.dtype)
 
 
@@ -217,30 +217,30 @@ def at_step(compressor: RandomK, layout: Layout, dtype: torch.dtype, step: int) 
 def test_a_bucket_is_its_tensors(layout: Layout, density: float, seed: int, step: int, dtype: torch.dtype) -> None:
     compressor, flat = RandomK(density, seed), values((layout.total,), dtype)
     original, tensors = flat.clone(), torch.split(flat, list(layout.numels)) if layout.names else ()
-    codec, wire = at_step(compressor, layout, dtype, step)
+    codec, payload = at_step(compressor, layout, dtype, step)
     payloads = [compressor.encode(v, name, step) for name, v in zip(layout.names, tensors)]
     expected = torch.cat([flat[:0], *(compressor.decode(payload) for payload in payloads)])
 
-    codec.encode(flat, wire)
+    codec.encode(flat, payload)
     assert same_bits(flat, original), "encode must not touch its input"
     assert codec.dtype == dtype
-    assert codec.restricts
+    assert codec.data_independent
     assert codec.numel == sum(count(n, density) for n in layout.numels)
-    assert same_bits(wire, torch.cat([flat[:0], *(payload.values for payload in payloads)]))
+    assert same_bits(payload, torch.cat([flat[:0], *(payload.values for payload in payloads)]))
 
     background = values((layout.total,), dtype, seed=5)
     over, added = background.clone(), background.clone()
-    codec.write(wire, over)
+    codec.write(payload, over)
     assert same_bits(over, torch.where(expected != 0, expected, background))
     parts = [part.clone() for part in torch.split(background, list(layout.numels))] if layout.names else []
-    codec.scatter(wire, parts)
+    codec.write_tensors(payload, parts)
     assert same_bits(torch.cat([flat[:0], *parts]), over)
-    codec.accumulate(wire, added, -1.5)
+    codec.accumulate(payload, added, -1.5)
     torch.testing.assert_close(added, background - 1.5 * expected)
     assert same_bits(added[expected == 0], background[expected == 0])
 
     # what is given away leaves exactly nothing behind
-    codec.accumulate(wire, flat, -1.0)
+    codec.accumulate(payload, flat, -1.0)
     assert same_bits(flat, torch.where(expected != 0, torch.zeros_like(flat), original))
 
 
@@ -250,9 +250,9 @@ def test_bucket_payloads_add_and_keep_their_size(layout: Layout, density: float,
     codec, wire_a = at_step(RandomK(density), layout, torch.float32, step)
     wire_b, both = wire_a.clone(), wire_a.clone()
     for other in (step + 5, step):  # nothing is remembered of other steps
-        codec.begin(other)
-        for flat, wire in ((a, wire_a), (b, wire_b), (a + b, both)):
-            codec.encode(flat, wire)
+        codec.set_step(other)
+        for flat, payload in ((a, wire_a), (b, wire_b), (a + b, both)):
+            codec.encode(flat, payload)
         assert same_bits(wire_a + wire_b, both)
         assert wire_a.numel() == codec.numel
 
@@ -261,13 +261,13 @@ def test_chunks_of_places_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None
     """Chunks of one tensor and of several are drawn by different arithmetic."""
     layout = Layout(("a", "empty", "b", "c"), (500, 0, 3, 2000))
     flat = values((layout.total,))
-    wires = []
+    payloads = []
     for chunk in (1, 7, 64, 2**15):
         monkeypatch.setattr(random_k, "CHUNK", chunk)
-        codec, wire = at_step(RandomK(0.2), layout, torch.float32, 3)
-        codec.encode(flat, wire)
-        wires.append(wire)
-    assert all(same_bits(wire, wires[0]) for wire in wires)
+        codec, payload = at_step(RandomK(0.2), layout, torch.float32, 3)
+        codec.encode(flat, payload)
+        payloads.append(payload)
+    assert all(same_bits(payload, payloads[0]) for payload in payloads)
 
 
 def test_it_draws_otherwise_than_a_block() -> None:

@@ -24,10 +24,10 @@ assert "Strided" in hvd_compress.__all__
 flat, layout = torch.arange(1.0, 14.0), Layout(("a", "b"), (8, 5))
 codec = strided.codec(layout, torch.float32, torch.device("cpu"))
 for step in range(5):
-    codec.begin(step)
-    wire, image = torch.empty(codec.numel), torch.zeros(13)
-    codec.encode(flat, wire)
-    codec.accumulate(wire, image, 1.0)
+    codec.set_step(step)
+    payload, image = torch.empty(codec.numel), torch.zeros(13)
+    codec.encode(flat, payload)
+    codec.accumulate(payload, image, 1.0)
     parts = [strided.decode(strided.encode(part, name, step)) for name, part in zip("ab", flat.split((8, 5)))]
     assert torch.equal(image, torch.cat(parts)) and 0 < int((image != 0).sum()) < 13
 

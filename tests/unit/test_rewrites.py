@@ -8,20 +8,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import Parameter
 
-from hvd_compress.buckets import Bucket, Entry, Mirror
-from hvd_compress.rewrites import SAMPLES, RewriteWatch, digest
-from tests.unit.test_devices import StubLink
+from hvd_compress.bucket import Bucket, FlatBuffer, ParamEntry
+from hvd_compress.engine.step_check import SAMPLES, RewriteWatch, digest
+from tests.unit.test_devices import StubCommunicator
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
-def point(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Mirror:
+def point(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> FlatBuffer:
     parameters = [Parameter(torch.zeros(shape, dtype=dtype)) for shape in shapes]
-    return Bucket("bucket", [Entry(p, f"p{i}", 0) for i, p in enumerate(parameters)]).mirror(dtype)
+    return Bucket("bucket", [ParamEntry(p, f"p{i}", 0) for i, p in enumerate(parameters)]).flat_buffer(dtype)
 
 
-def watching(*points: Mirror) -> RewriteWatch:
-    watch = RewriteWatch(StubLink(1))  # type: ignore[arg-type]
+def watching(*points: FlatBuffer) -> RewriteWatch:
+    watch = RewriteWatch(StubCommunicator(1))  # type: ignore[arg-type]
     watch.remember(points)
     return watch
 

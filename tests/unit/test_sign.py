@@ -74,10 +74,10 @@ def spread(scales: np.ndarray, places: Sequence[slice], n: int) -> np.ndarray:
 
 
 def encoded(codec: Codec, flat: Tensor) -> Tensor:
-    codec.begin(0)
-    wire = torch.full((codec.numel,), 255, dtype=codec.dtype)
-    codec.encode(flat, wire)
-    return wire
+    codec.set_step(0)
+    payload = torch.full((codec.numel,), 255, dtype=codec.dtype)
+    codec.encode(flat, payload)
+    return payload
 
 
 # -- one tensor ----------------------------------------------------------------------------------------
@@ -87,8 +87,8 @@ def test_what_it_says_of_itself() -> None:
     assert BlockSign.combine is Combine.GATHER
     assert not BlockSign().summable
     assert not BlockSign().lossless
-    assert BlockSign().fraction == 1 / 32
-    assert BlockSign(64).fraction == 1 / 32 + 1 / 64
+    assert BlockSign().payload_ratio == 1 / 32
+    assert BlockSign(64).payload_ratio == 1 / 32 + 1 / 64
 
 
 @examples
@@ -179,14 +179,14 @@ def test_a_bucket_is_its_tensors(numels: list[int], size: Optional[int], dtype: 
     flat = vector(n, dtype, seed)
     before = flat.clone()
     codec = compressor.codec(layout, dtype, CPU)
-    wire = encoded(codec, flat)
+    payload = encoded(codec, flat)
     assert torch.equal(flat, before), "encode must not touch its input"
     assert codec.dtype == torch.uint8
     at = (n + 31) // 32 * 4
     assert codec.numel == -(-(at + 4 * len(places)) // 8) * 8
-    assert not wire[-(-n // 8) : at].any() and not wire[at + 4 * len(places) :].any(), "padding"
+    assert not payload[-(-n // 8) : at].any() and not payload[at + 4 * len(places) :].any(), "padding"
 
-    scales, sign = unpack(wire, n, len(places), at)
+    scales, sign = unpack(payload, n, len(places), at)
     parts = torch.split(flat, numels) if numels else ()
     decoded = torch.cat([flat[:0], *(compressor.decode(compressor.encode(part)) for part in parts)])
     np.testing.assert_array_equal(sign, reference(flat.numpy(), places)[1])
@@ -197,11 +197,11 @@ def test_a_bucket_is_its_tensors(numels: list[int], size: Optional[int], dtype: 
     factors = scales.astype(flat.numpy().dtype) * flat.numpy().dtype.type(-1.5)
     added = vector(n, dtype, seed + 1)
     expected = added.numpy() + spread(factors, places, n) * sign.astype(factors.dtype)
-    codec.accumulate(wire, added, -1.5)
+    codec.accumulate(payload, added, -1.5)
     np.testing.assert_array_equal(added.numpy(), expected)
 
     # Mass: what stays is v - C(v), to the last bit.
-    codec.accumulate(wire, flat, -1.0)
+    codec.accumulate(payload, flat, -1.0)
     np.testing.assert_array_equal(flat.numpy(), before.numpy() - values.astype(before.numpy().dtype))
 
 
@@ -212,11 +212,11 @@ def test_long_vectors(dtype: torch.dtype, size: Optional[int]) -> None:
     numels = [100_003, 1, 0, 33, 70_000, 4096]
     flat, places = vector(sum(numels), dtype, 3), blocks(numels, size)
     codec = BlockSign(size).codec(named(numels), dtype, CPU)
-    wire, out = encoded(codec, flat), torch.zeros_like(flat)
-    codec.accumulate(wire, out, 1.0)
+    payload, out = encoded(codec, flat), torch.zeros_like(flat)
+    codec.accumulate(payload, out, 1.0)
     scales, sign = reference(flat.numpy(), places)
     np.testing.assert_allclose(out.numpy(), spread(scales, places, len(flat)) * sign, rtol=2e-5)
-    assert torch.equal(encoded(codec, flat), wire), "the same every time"
+    assert torch.equal(encoded(codec, flat), payload), "the same every time"
 
 
 @pytest.mark.parametrize("size", [None, 2_000_000, 1000])
@@ -233,17 +233,17 @@ def test_threads_cut_at_whole_bytes(loops: str, monkeypatch: pytest.MonkeyPatch)
     numels = [5003, 1, 77, 12_000]
     flat = vector(sum(numels))
     codec = BlockSign(100).codec(named(numels), torch.float32, CPU)
-    wire, out = encoded(codec, flat), flat.clone()
-    codec.accumulate(wire, out, 0.5)
+    payload, out = encoded(codec, flat), flat.clone()
+    codec.accumulate(payload, out, 0.5)
     monkeypatch.setattr(native, "GRAIN", 1000)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     assert native.threads(len(flat), len(flat)) == 3
     other, threaded = encoded(codec, flat), flat.clone()
-    codec.accumulate(wire, threaded, 0.5)
+    codec.accumulate(payload, threaded, 0.5)
     assert torch.equal(out, threaded)
     at = -(-len(flat) // 32) * 4
-    assert torch.equal(other[:at], wire[:at])
-    torch.testing.assert_close(other[at:].view(torch.float32), wire[at:].view(torch.float32))
+    assert torch.equal(other[:at], payload[:at])
+    torch.testing.assert_close(other[at:].view(torch.float32), payload[at:].view(torch.float32))
     assert torch.equal(encoded(codec, flat), other)
 
 
@@ -282,16 +282,16 @@ def test_shards_decode_to_the_whole(
 
     shards = compressor.sharded(layout, borders, dtype, CPU)
     assert shards.borders == borders
-    wires = [torch.full((codec.numel,), 255, dtype=codec.dtype) for codec in shards.codecs]
-    shards.begin(0)
-    shards.encode(flat, wires)
-    for j, (codec, wire) in enumerate(zip(shards.codecs, wires)):
-        codec.accumulate(wire, shards.shard(background, j), -0.3)
+    payloads = [torch.full((codec.numel,), 255, dtype=codec.dtype) for codec in shards.codecs]
+    shards.set_step(0)
+    shards.encode(flat, payloads)
+    for j, (codec, payload) in enumerate(zip(shards.codecs, payloads)):
+        codec.accumulate(payload, shards.shard(background, j), -0.3)
         start, stop = borders[j], borders[j + 1]
         touched = sum(b.start < stop and b.stop > start for b in blocks(numels, size)) if start < stop else 0
         at = (stop - start + 31) // 32 * 4
         assert codec.numel == -(-(at + 4 * touched) // 8) * 8
-        assert not wire[-(-(stop - start) // 8) : at].any() and not wire[at + 4 * touched :].any(), "padding"
+        assert not payload[-(-(stop - start) // 8) : at].any() and not payload[at + 4 * touched :].any(), "padding"
     assert torch.equal(background, expected)
 
 
@@ -308,10 +308,10 @@ def test_a_shard_by_itself_has_blocks_of_its_own() -> None:
     codec.accumulate(encoded(codec, flat[8:]), out, 1.0)
     assert out.tolist() == [3.0] * 8
     shards = BlockSign().sharded(layout, [0, 8, 16], torch.float32, CPU)
-    wires = [torch.empty(codec.numel, dtype=torch.uint8) for codec in shards.codecs]
-    shards.encode(flat, wires)
+    payloads = [torch.empty(codec.numel, dtype=torch.uint8) for codec in shards.codecs]
+    shards.encode(flat, payloads)
     out.zero_()
-    shards.codecs[1].accumulate(wires[1], out, 1.0)
+    shards.codecs[1].accumulate(payloads[1], out, 1.0)
     assert out.tolist() == [2.0] * 8
 
 
@@ -319,6 +319,6 @@ def test_it_works_without_the_extension(loops: str) -> None:
     """Both loops write the same bytes, up to the rounding of sums."""
     flat = vector(1000)
     codec = BlockSign(64).codec(named([990, 10]), torch.float32, CPU)
-    wire = encoded(codec, flat)
+    payload = encoded(codec, flat)
     bits = np.packbits(flat.numpy() >= 0, bitorder="little")
-    assert wire[:125].tolist() == bits.tolist()
+    assert payload[:125].tolist() == bits.tolist()

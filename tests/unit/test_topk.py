@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hvd_compress.compressors import Codec, Combine, Layout, TopK, selection
-from hvd_compress.compressors.selection import HostSearch, sampled_on_device, scan_start
+from hvd_compress.compressors import Codec, Combine, Layout, TopK, topk_search
+from hvd_compress.compressors.topk_search import HostSearch, sampled_on_device, scan_start
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -60,14 +60,14 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 def at_step(topk: TopK, layout: Layout, dtype: torch.dtype, step: int) -> tuple[Codec, Tensor]:
     codec = topk.codec(layout, dtype, CPU)
-    codec.begin(step)
+    codec.set_step(step)
     return codec, torch.full((codec.numel,), 255, dtype=torch.uint8)
 
 
-def parts(wire: Tensor, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def parts(payload: Tensor, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Values, places and padding of a codec's payload."""
     middle = k * dtype.itemsize
-    return wire[:middle].view(dtype), wire[middle : middle + 4 * k].view(torch.int32), wire[middle + 4 * k :]
+    return payload[:middle].view(dtype), payload[middle : middle + 4 * k].view(torch.int32), payload[middle + 4 * k :]
 
 
 # -- one tensor ----------------------------------------------------------------------------------------
@@ -77,7 +77,7 @@ def test_what_it_says_of_itself() -> None:
     assert TopK.combine is Combine.GATHER
     assert not TopK().summable
     assert not TopK().lossless
-    assert TopK(density=0.01).fraction == 0.02
+    assert TopK(density=0.01).payload_ratio == 0.02
 
 
 @given(lengths, kinds, st.sampled_from(DTYPES), densities)
@@ -110,14 +110,14 @@ def test_exact_with_thresholds_from_thin_samples(
 ) -> None:
     """As long vectors are searched: small tiles, a sample that may mislead."""
     v, k = vector(n, kind, dtype, seed), count(n, density)
-    with mock.patch.multiple(selection, TILE=64, _SAMPLE=16):
+    with mock.patch.multiple(topk_search, TILE=64, _SAMPLE=16):
         assert HostSearch(n).largest(v, k).tolist() == largest(v, k)
 
 
 def test_exact_in_a_long_vector_whose_sample_misleads() -> None:
     n = 1_000_000
     v, k = vector(n), 10_000
-    distance = selection.stride(n)
+    distance = topk_search.stride(n)
     assert distance > 1
     for factor in (0.0, 100.0):  # the sample sees only small ones, or only large ones
         w = v.clone()
@@ -130,9 +130,9 @@ def test_exact_in_a_long_vector_whose_sample_misleads() -> None:
 
 
 def test_every_branch_for_long_vectors_is_tested() -> None:
-    assert selection.stride(4095) == selection.stride(8191) == 1
-    assert [selection.stride(n) for n in (3 * 4096, 64 * 4096, 10**6, 10**9)] == [3, 63, 97, 97]
-    assert all(-(-n // selection.stride(n)) >= min(n, max(4096, n // 100)) for n in range(1, 10**6, 997))
+    assert topk_search.stride(4095) == topk_search.stride(8191) == 1
+    assert [topk_search.stride(n) for n in (3 * 4096, 64 * 4096, 10**6, 10**9)] == [3, 63, 97, 97]
+    assert all(-(-n // topk_search.stride(n)) >= min(n, max(4096, n // 100)) for n in range(1, 10**6, 997))
 
 
 @given(st.sampled_from(DTYPES), densities)
@@ -174,41 +174,41 @@ def test_a_bucket_is_one_long_tensor(
     topk, n, step = TopK(density, sampled), layout.total, 3
     flat, k = vector(n, kind, dtype), count(n, density)
     before = flat.clone()
-    codec, wire = at_step(topk, layout, dtype, step)
-    codec.encode(flat, wire)
+    codec, payload = at_step(topk, layout, dtype, step)
+    codec.encode(flat, payload)
     assert same_bits(flat, before), "encode must not touch its input"
     assert (codec.dtype, codec.numel % 8) == (torch.uint8, 0)
     assert 0 <= codec.numel - k * (4 + dtype.itemsize) < 8
-    assert torch.equal(wire[: k * (4 + dtype.itemsize)], topk.encode(flat, "", step).values)
-    assert not parts(wire, k, dtype)[2].any(), "padding"
+    assert torch.equal(payload[: k * (4 + dtype.itemsize)], topk.encode(flat, "", step).values)
+    assert not parts(payload, k, dtype)[2].any(), "padding"
 
     decoded, background = topk.decode(topk.encode(flat, "", step)), vector(n, dtype=dtype, seed=5)
     if kind == "special":
         return
     added = background.clone()
-    codec.accumulate(wire, added, -1.5)
+    codec.accumulate(payload, added, -1.5)
     torch.testing.assert_close(added, background - 1.5 * decoded)
     assert same_bits(added[decoded == 0], background[decoded == 0])
 
     # what is given away leaves exactly nothing behind, and the rest as it was
-    values, places, _ = parts(wire, k, dtype)
+    values, places, _ = parts(payload, k, dtype)
     sent = torch.zeros(n, dtype=torch.bool)
     sent[(places[values != 0] if sampled else places).long()] = True
     momentum = torch.full((n,), 0.5, dtype=dtype)
-    codec.clear(wire, momentum)
+    codec.clear(payload, momentum)
     assert torch.equal(momentum == 0, sent), "cleared where something was sent, and nowhere else"
-    codec.accumulate(wire, flat, -1.0)
+    codec.accumulate(payload, flat, -1.0)
     assert bool((flat[sent] == 0).all())
     assert same_bits(flat[~sent], before[~sent])
 
 
 @pytest.mark.parametrize("sampled", [False, True])
 def test_the_size_of_the_payload_never_changes(sampled: bool) -> None:
-    codec, wire = at_step(TopK(0.1, sampled), Layout(("a", "b"), (300, 41)), torch.float32, 0)
+    codec, payload = at_step(TopK(0.1, sampled), Layout(("a", "b"), (300, 41)), torch.float32, 0)
     for step, kind in enumerate(["normal", "zeros", "equal", "special", "few", "ascending"]):
-        codec.begin(step)
-        codec.encode(vector(341, kind), wire)
-        assert wire.numel() == codec.numel
+        codec.set_step(step)
+        codec.encode(vector(341, kind), payload)
+        assert payload.numel() == codec.numel
 
 
 def test_vectors_too_long_for_int32_places_are_refused() -> None:
@@ -224,10 +224,10 @@ def test_sampled_follows_its_definition(n: int, kind: str, density: float, step:
     """The first k of what is not zero and reaches the sample's threshold, from the start and round the end;
     with the operations of the host and with those of a device."""
     v, k, start = vector(n, kind, dtype), count(n, density), scan_start(step, n)
-    with mock.patch.multiple(selection, TILE=64, _SAMPLE=16):
+    with mock.patch.multiple(topk_search, TILE=64, _SAMPLE=16):
         found = HostSearch(n).sampled(v, k, start).tolist()
         places, values = sampled_on_device(v, k, start, torch.arange(1, k + 1, dtype=torch.int32))
-        sample, rank = v[:: selection.stride(n)], selection.sample_rank(n, k)
+        sample, rank = v[:: topk_search.stride(n)], topk_search.sample_rank(n, k)
     numbers = [math.inf if math.isnan(x) else abs(x) for x in v.tolist()]
     has_nan = bool(v.isnan().any())
     if not has_nan:
@@ -250,7 +250,7 @@ def test_short_vectors_are_their_own_sample() -> None:
 def test_how_many_a_sampled_threshold_lets_pass() -> None:
     """The figures of the docstring: standard deviation 1 / sqrt(m density), 0.4 of it stay empty."""
     n, density, trials = 400_000, 0.01, 60
-    deviation = 1 / math.sqrt(n / selection.stride(n) * density)
+    deviation = 1 / math.sqrt(n / topk_search.stride(n) * density)
     assert 0.15 < deviation < 0.17
     k, search, sent = count(n, density), HostSearch(n), []
     for trial in range(trials):
@@ -284,8 +284,8 @@ def test_the_scan_begins_everywhere() -> None:
 def test_zeros_are_not_sent_in_place_of_nothing() -> None:
     topk, v = TopK(0.5, sampled=True), torch.zeros(100)
     v[7] = -2.0
-    codec, wire = at_step(topk, Layout(("a",), (100,)), torch.float32, 0)
-    codec.encode(v, wire)
-    values, places, _ = parts(wire, 50, torch.float32)
+    codec, payload = at_step(topk, Layout(("a",), (100,)), torch.float32, 0)
+    codec.encode(v, payload)
+    values, places, _ = parts(payload, 50, torch.float32)
     assert values.tolist() == [-2.0] + [0.0] * 49
     assert places.tolist() == [7] + [0] * 49

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch.nn import Parameter
 
 from hvd_compress import BlockSign
-from hvd_compress.buckets import Bucket, Entry
-from hvd_compress.exchange import Context, Reduction, TwoWayExchange
-from hvd_compress.exchange.two_way import SHARD, borders_of
+from hvd_compress.bucket import Bucket, ParamEntry
+from hvd_compress.exchange import Context, Reduction, ShardedServerExchange
+from hvd_compress.exchange.sharded_server import SHARD, borders_of
 from hvd_compress.telemetry import Recorder
 
 SHAPES = ((7, 5), (), (0, 3), (4, 6))
@@ -27,12 +27,12 @@ class Seat:
         self.size, self.rank = size, rank
 
 
-def owner(size: int, rank: int) -> TwoWayExchange:
+def owner(size: int, rank: int) -> ShardedServerExchange:
     """The exchange of one rank, as an owner that holds back 1, 2, 3, ... at the elements of its shard."""
-    entries = [Entry(Parameter(torch.zeros(shape)), f"p{i}", 0) for i, shape in enumerate(SHAPES)]
+    entries = [ParamEntry(Parameter(torch.zeros(shape)), f"p{i}", 0) for i, shape in enumerate(SHAPES)]
     seat: Any = Seat(size, rank)
     context = Context(seat, Reduction(), Recorder())
-    exchange = TwoWayExchange(Bucket("bucket", entries), BlockSign(), BlockSign(), context)
+    exchange = ShardedServerExchange(Bucket("bucket", entries), BlockSign(), BlockSign(), context)
     begin, end = exchange.span
     exchange.error.copy_(torch.arange(1.0, TOTAL + 1)[begin:end])
     return exchange
@@ -61,7 +61,7 @@ def test_what_survivors_hold_counts_once_when_ranks_come_or_go(before: int, afte
     staying = [owner(before, rank) for rank in range(min(before, after))]
     kept = torch.stack([e.owed() for e in staying]).sum(0) / before
     for exchange in staying:
-        exchange.context.link.size = after  # type: ignore[misc]
+        exchange.context.comm.size = after  # type: ignore[misc]
     owed = [exchange.resettle() if settled else exchange.owed() for exchange in staying]
     assert torch.allclose(torch.stack([o for o in owed if o is not None]).sum(0) / after, kept)
     if settled:

@@ -34,7 +34,7 @@ WRONG: list[tuple[Any, str, Any]] = [
     *((DEF, "local_steps", v) for v in (*NOT_INTEGERS, 0, -3)),
     *((EF, "rescale_residual", v) for v in (0, 1, None, "yes")),
     *((DEF, "rescale_residual", v) for v in (0, 1, None, "yes")),
-    *((Dense, "wire", v) for v in (BLOCK, None, torch.float16, "fp16", Compression.fp16)),
+    *((Dense, "payload", v) for v in (BLOCK, None, torch.float16, "fp16", Compression.fp16)),
 ]
 
 RIGHT: list[tuple[Any, dict[str, Any]]] = [
@@ -53,7 +53,7 @@ RIGHT: list[tuple[Any, dict[str, Any]]] = [
     (Cast, {}),
     (Cast, {"dtype": torch.float32}),
     (Dense, {}),
-    (Dense, {"wire": Cast()}),
+    (Dense, {"payload": Cast()}),
     (EF, {"compressor": BLOCK}),
     (EF, {"compressor": Identity(), "rescale_residual": False}),
     (DEF, {"compressor": BLOCK}),
@@ -123,7 +123,7 @@ def test_different_values_are_not_equal() -> None:
         BlockSign(64),
         BlockSign(1),
         Dense(),
-        Dense(wire=Cast()),
+        Dense(Cast()),
         EF(BLOCK),
         EF(Identity()),
         EF(BLOCK, rescale_residual=False),
@@ -148,7 +148,7 @@ def test_defaults_are_the_documented_ones() -> None:
     assert Cast() == Cast(dtype=torch.float16)
     assert EF(BLOCK) == EF(BLOCK, rescale_residual=True)
     assert DEF(BLOCK) == DEF(BLOCK, coefficient=0.3, local_steps=1, rescale_residual=True)
-    assert Dense() == Dense(wire=Identity())
+    assert Dense() == Dense(Identity())
 
 
 class Sketched(Identity):

@@ -58,7 +58,11 @@ def test_geometric_is_deep_gradient_compressions_schedule() -> None:
 def test_it_combines_as_its_compressor_does() -> None:
     for kind in KINDS:
         warm = Warmup(kind)
-        assert (warm.combine, warm.selects, warm.fraction) == (kind.combine, kind.selects, kind.fraction)
+        assert (warm.combine, warm.is_sparsifier, warm.payload_ratio) == (
+            kind.combine,
+            kind.is_sparsifier,
+            kind.payload_ratio,
+        )
 
 
 def test_stages_are_the_compressors_in_force() -> None:

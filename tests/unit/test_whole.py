@@ -35,17 +35,17 @@ def summing(compressor: Compressor, layout: Layout, dtype: torch.dtype) -> Summa
 
 def through_codec(compressor: Compressor, flat: Tensor, layout: Layout = LAYOUT) -> Tensor:
     codec = summing(compressor, layout, flat.dtype)
-    codec.begin(0)
-    wire = torch.full((codec.numel,), math.nan, dtype=codec.dtype)
-    codec.encode(flat, wire)
-    return wire
+    codec.set_step(0)
+    payload = torch.full((codec.numel,), math.nan, dtype=codec.dtype)
+    codec.encode(flat, payload)
+    return payload
 
 
 @pytest.mark.parametrize("compressor", [Identity(), Cast(), Cast(torch.float32)])
 def test_what_they_say_of_themselves(compressor: Compressor) -> None:
     assert compressor.summable
     assert compressor.lossless
-    assert not summing(compressor, LAYOUT, torch.float32).restricts
+    assert not summing(compressor, LAYOUT, torch.float32).data_independent
 
 
 # -- Identity ------------------------------------------------------------------------------------------
@@ -75,13 +75,13 @@ def test_a_payload_is_a_copy_of_any_strides(compressor: Compressor) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_identity_codec(dtype: torch.dtype) -> None:
     flat, target = values((13,), dtype), values((13,), dtype, 3.0)
-    wire = through_codec(Identity(), flat)
-    assert wire.dtype == dtype
-    assert torch.equal(wire, flat)
+    payload = through_codec(Identity(), flat)
+    assert payload.dtype == dtype
+    assert torch.equal(payload, flat)
 
     codec, added, written = Identity().codec(LAYOUT, dtype, CPU), target.clone(), target.clone()
-    codec.accumulate(wire, added, -0.5)
-    codec.write(wire, written)
+    codec.accumulate(payload, added, -0.5)
+    codec.write(payload, written)
     torch.testing.assert_close(added, target - 0.5 * flat)
     assert torch.equal(written, flat)
 
@@ -90,15 +90,15 @@ def test_identity_codec(dtype: torch.dtype) -> None:
 
 
 @given(shapes, st.sampled_from(DTYPES), st.sampled_from([torch.float16, torch.float32]))
-def test_cast_round_trip(shape: tuple[int, ...], dtype: torch.dtype, wire: torch.dtype) -> None:
+def test_cast_round_trip(shape: tuple[int, ...], dtype: torch.dtype, sent: torch.dtype) -> None:
     v = values(shape, dtype)
-    payload = Cast(wire).encode(v)
-    back = Cast(wire).decode(payload)
-    assert payload.values.dtype == wire
-    assert payload.nbytes == v.numel() * wire.itemsize
+    payload = Cast(sent).encode(v)
+    back = Cast(sent).decode(payload)
+    assert payload.values.dtype == sent
+    assert payload.nbytes == v.numel() * sent.itemsize
     assert (back.dtype, back.shape) == (v.dtype, v.shape)
-    assert torch.equal(back, v.to(wire).to(dtype)), "rounded to nearest"
-    assert torch.equal(there_and_back(Cast(wire), back), back), "rounding twice is rounding once"
+    assert torch.equal(back, v.to(sent).to(dtype)), "rounded to nearest"
+    assert torch.equal(there_and_back(Cast(sent), back), back), "rounding twice is rounding once"
 
 
 @given(st.lists(st.floats(min_value=-FP16_MAX, max_value=FP16_MAX, width=32), min_size=1, max_size=40))
@@ -127,23 +127,23 @@ OVERFLOWS = [
 ]
 
 
-@pytest.mark.parametrize(("dtype", "wire", "numbers"), OVERFLOWS)
-def test_cast_saturates(dtype: torch.dtype, wire: torch.dtype, numbers: list[float]) -> None:
+@pytest.mark.parametrize(("dtype", "payload", "numbers"), OVERFLOWS)
+def test_cast_saturates(dtype: torch.dtype, payload: torch.dtype, numbers: list[float]) -> None:
     v = torch.tensor(numbers, dtype=dtype)
-    sent = Cast(wire).encode(v).values
-    assert torch.equal(sent, torch.sign(v).to(wire) * torch.finfo(wire).max)
+    sent = Cast(payload).encode(v).values
+    assert torch.equal(sent, torch.sign(v).to(payload) * torch.finfo(payload).max)
     if dtype in (torch.float32, torch.float64):
-        assert torch.equal(through_codec(Cast(wire), v, Layout(("w",), (len(numbers),))), sent)
+        assert torch.equal(through_codec(Cast(payload), v, Layout(("w",), (len(numbers),))), sent)
 
 
-@pytest.mark.parametrize("wire", [torch.float16, torch.float32])
+@pytest.mark.parametrize("payload", [torch.float16, torch.float32])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_what_is_no_number_stays_none(dtype: torch.dtype, wire: torch.dtype) -> None:
+def test_what_is_no_number_stays_none(dtype: torch.dtype, payload: torch.dtype) -> None:
     """An infinity would saturate to a number that is sent for ever: it must show."""
     v = torch.tensor([1.0, math.nan, -2.0, math.inf, -math.inf], dtype=dtype)
-    assert torch.isfinite(there_and_back(Cast(wire), v)).tolist() == [True, False, True, False, False]
+    assert torch.isfinite(there_and_back(Cast(payload), v)).tolist() == [True, False, True, False, False]
     flat = torch.tensor([math.nan, -math.inf, *range(11)], dtype=torch.float64)
-    assert torch.isfinite(through_codec(Cast(wire), flat)).tolist() == [False] * 2 + [True] * 11
+    assert torch.isfinite(through_codec(Cast(payload), flat)).tolist() == [False] * 2 + [True] * 11
 
 
 def test_an_upward_cast_changes_nothing() -> None:
@@ -156,22 +156,22 @@ def test_an_upward_cast_changes_nothing() -> None:
 def test_cast_codec_agrees_with_the_tensors(dtype: torch.dtype, wire_dtype: torch.dtype) -> None:
     cast, flat, target = Cast(wire_dtype), values((13,), dtype, 1e4), values((13,), dtype, 3.0)
     before = flat.clone()
-    wire = through_codec(cast, flat)
+    payload = through_codec(cast, flat)
     assert torch.equal(flat, before)
     parts = [there_and_back(cast, part) for part in torch.split(flat, list(LAYOUT.numels))]
     decoded = torch.cat(parts)
 
     codec, added, written = cast.codec(LAYOUT, dtype, CPU), target.clone(), target.clone()
     assert (codec.dtype, codec.numel) == (wire_dtype, 13)
-    codec.write(wire, written)
+    codec.write(payload, written)
     assert torch.equal(written, decoded)
     scattered = [torch.empty_like(part) for part in parts]
-    codec.scatter(wire, scattered)
+    codec.write_tensors(payload, scattered)
     assert torch.equal(torch.cat(scattered), decoded)
-    codec.accumulate(wire, added, 2.0)
+    codec.accumulate(payload, added, 2.0)
     torch.testing.assert_close(added, target + 2.0 * decoded)
 
     # What was given away leaves exactly the rounding error: nothing is lost.
     residual = flat.clone()
-    codec.accumulate(wire, residual, -1.0)
+    codec.accumulate(payload, residual, -1.0)
     assert torch.equal(residual, flat - decoded)

@@ -236,7 +236,7 @@ def check_a_compiled_training_step() -> None:
                 model(inputs).square().mean().backward()
                 optimizer.step()
 
-            run = torch.compile(step, backend="eager") if compiled else step
+            run = torch.compile(step, backend="no_compile") if compiled else step
             for t in range(4):
                 run(torch.full((2, 5), 1.0 + t + hvd.rank(), dtype=torch.float64))
             results.append(flat(model))

@@ -30,7 +30,7 @@ def check_a_sum_of_sparse_gradients() -> None:
 
 
 def check_gradients_that_become_dense() -> None:
-    """Once sparse on the wire, always: ranks may not change their minds apart."""
+    """Once sparse on the payload, always: ranks may not change their minds apart."""
     model = Embedded()
     optimizer = wrap(model, sgd(model), Dense())
     for t in range(4):

@@ -1,0 +1,144 @@
+"""Which parameters are compressed how: by size, dimensions, name or parameter group."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Mapping, Optional, Sequence, Union
+
+from hvd_compress import validation
+from hvd_compress.algorithms.base import Algorithm
+from hvd_compress.algorithms.bucket_state import State
+from hvd_compress.algorithms.dense import Dense
+from hvd_compress.algorithms.detached_ef import dense_on_updates
+from hvd_compress.bucket import Bucket, ParamEntry
+from hvd_compress.comm.communicator import Communicator
+from hvd_compress.exchange import Context
+
+Choices = Union[Mapping[Any, Algorithm], Sequence[tuple[Any, Algorithm]]]
+
+
+@dataclass(frozen=True)
+class Policy(Algorithm):
+    """Several algorithms in one optimizer, chosen per parameter; the first rule that applies wins.
+
+    1. ``patterns``: shell patterns on the parameter's name, in order;
+    2. ``dense_below`` and ``dense_dims``: small tensors, and biases and norms (one dimension), go dense;
+    3. ``groups``: by the index of the optimizer's parameter group;
+    4. ``default``.
+
+    All must exchange the same thing, gradients (EF, LIEC, Dense) or updates (DEF, DistEF, GlobalSketch,
+    GlobalTopK); with the latter, ``Dense()`` means that updates are averaged uncompressed, which for SGD is
+    the same.
+
+    Args:
+        default: for every parameter without a rule.
+        dense_below: tensors of fewer elements go dense.
+        dense_dims: tensors of at most so many dimensions go dense (1: biases and norms; 0: none but scalars).
+        patterns: {pattern: algorithm} or (pattern, algorithm) pairs, such as ``{"*.bias": Dense()}``.
+        groups: {index of the parameter group: algorithm} or pairs.
+
+    Raises:
+        ValueError: if a value is out of range, or algorithms cannot be combined.
+    """
+
+    default: Algorithm
+    dense_below: int = 0
+    dense_dims: int = -1
+    patterns: Choices = ()
+    groups: Choices = ()
+
+    def __post_init__(self) -> None:
+        validation.integer("Policy", "dense_below", self.dense_below, 0)
+        validation.integer("Policy", "dense_dims", self.dense_dims, -1)
+        for argument in ("patterns", "groups"):
+            value = getattr(self, argument)
+            pairs = tuple(value.items()) if isinstance(value, Mapping) else tuple(value)
+            kind = str if argument == "patterns" else int
+            if not all(isinstance(key, kind) for key, _ in pairs):
+                raise ValueError(f"Policy: {argument}={value!r} is not allowed; its keys must be {kind.__name__}s")
+            object.__setattr__(self, argument, pairs)
+        self._check("default", self.default)
+        for argument, rules in (("patterns", self._patterns), ("groups", self._groups)):
+            for key, algorithm in rules:
+                self._check(f"{argument}[{key!r}]", algorithm)
+
+    def _check(self, argument: str, algorithm: object) -> None:
+        if not isinstance(algorithm, Algorithm) or isinstance(algorithm, Policy):
+            raise ValueError(
+                f"Policy: {argument}={algorithm!r} is not allowed; it must be an algorithm such as EF(...), Dense()"
+            )
+        if isinstance(algorithm, Dense):
+            return
+        if algorithm.exchanges_updates != self.default.exchanges_updates:
+            kinds = {True: "updates, after the local step", False: "gradients, before it"}
+            raise ValueError(
+                f"Policy: {argument}={algorithm!r} cannot be combined with default={self.default!r}: one exchanges "
+                f"{kinds[algorithm.exchanges_updates]}, the other {kinds[self.default.exchanges_updates]}"
+            )
+        if algorithm.local_steps != self.default.local_steps:
+            raise ValueError(
+                f"Policy: {argument}={algorithm!r} has local_steps={algorithm.local_steps}, default={self.default!r} "
+                f"{self.default.local_steps}; they must be equal, as all parameters are exchanged together"
+            )
+        if algorithm.clip_norm not in (None, self.default.clip_norm):
+            raise ValueError(
+                f"Policy: {argument}={algorithm!r} has clip_norm={algorithm.clip_norm}, default={self.default!r} "
+                f"{self.default.clip_norm}; give it to the default, as the norm of all gradients together is clipped"
+            )
+
+    @property
+    def _patterns(self) -> tuple[tuple[str, Algorithm], ...]:
+        return self.patterns  # type: ignore[return-value]
+
+    @property
+    def _algorithms(self) -> tuple[Algorithm, ...]:
+        return (self.default, *(a for _, a in (*self._patterns, *self._groups)))
+
+    @property
+    def _groups(self) -> tuple[tuple[int, Algorithm], ...]:
+        return self.groups  # type: ignore[return-value]
+
+    @property
+    def exchanges_updates(self) -> bool:  # type: ignore[override]
+        return self.default.exchanges_updates
+
+    @property
+    def local_steps(self) -> int:  # type: ignore[override]
+        return self.default.local_steps
+
+    @property
+    def clip_norm(self) -> Optional[float]:  # type: ignore[override]
+        return self.default.clip_norm
+
+    @property
+    def gathers(self) -> bool:
+        return any(a.gathers for a in self._algorithms)
+
+    @property
+    def local_models(self) -> bool:  # type: ignore[override]
+        return any(a.local_models for a in self._algorithms)
+
+    def choose(self, entry: ParamEntry) -> Algorithm:
+        parameter = entry.parameter
+        for pattern, algorithm in self._patterns:
+            if fnmatchcase(entry.name, pattern):
+                return self._kindred(algorithm).choose(entry)
+        if parameter.numel() < self.dense_below or parameter.dim() <= self.dense_dims:
+            return self._kindred(Dense())
+        for index, algorithm in self._groups:
+            if entry.group == index:
+                return self._kindred(algorithm).choose(entry)
+        return self.default.choose(entry)
+
+    def _kindred(self, algorithm: Algorithm) -> Algorithm:
+        if isinstance(algorithm, Dense) and self.exchanges_updates:
+            return dense_on_updates(self.local_steps, algorithm.compressor)
+        return algorithm
+
+    def check(self, comm: Communicator) -> None:
+        for algorithm in self._algorithms:
+            algorithm.check(comm)
+
+    def attach(self, bucket: Bucket, context: Context) -> State:
+        raise TypeError("Policy chooses algorithms; it has no state of its own")

@@ -1,0 +1,129 @@
+"""Trees of pairwise messages: log2(P) rounds, any number of ranks. The only file that imports ``mpi4py``.
+
+They run beside Horovod in one job, in a communicator of their own. Horovod's background thread calls MPI too,
+so MPI must have been initialised for several threads, which Horovod does.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Callable
+
+import numpy as np
+import numpy.typing as npt
+
+from hvd_compress.comm.communicator import Communicator, uses_mpi
+
+Array = npt.NDArray[Any]
+
+REMEDY = (
+    "start the job with mpirun or srun --mpi=pmix and a Horovod that was built with MPI (horovodrun --check-build "
+    'says so), or choose exchange="allreduce"'
+)
+
+
+def require(owner: str, comm: Communicator) -> None:
+    """Raise ValueError with the remedy unless the ranks of ``comm`` can exchange messages by MPI.
+
+    Args:
+        owner: the argument that asks for it, for the message.
+    """
+    if comm.size == 1:
+        return
+    if not uses_mpi():
+        raise ValueError(f"{owner} needs MPI, and this job does not use it (rank {comm.rank}); {REMEDY}")
+    try:
+        from mpi4py import MPI
+    except ImportError as error:
+        raise ValueError(
+            f"{owner} needs mpi4py, which cannot be imported here: {error} (rank {comm.rank}); install mpi4py for the "
+            "MPI that Horovod was built with"
+        ) from error
+    if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
+        raise ValueError(
+            f"{owner} needs an MPI that serves several threads, as Horovod runs beside it (rank {comm.rank}); call "
+            "hvd.init() before anything imports mpi4py, or set mpi4py.rc.thread_level = 'multiple'"
+        )
+
+
+class Tree:
+    """Pairwise exchanges among the ranks of one comm.
+
+    Attributes:
+        size: number of ranks.
+        rank: this one.
+    """
+
+    def __init__(self, comm: Communicator) -> None:
+        self._comm, self.size, self.rank = comm, comm.size, comm.rank
+
+    @functools.cached_property
+    def _comm(self) -> Any:
+        """Made at the first message, not before: all ranks must take part, and one rank alone may load a state."""
+        from mpi4py import MPI
+
+        world = MPI.COMM_WORLD
+        return world.Create_group(world.Get_group().Incl(self._comm.global_ranks), tag=self._comm.ordinal)
+
+    def _send(self, data: Array, to: int) -> None:
+        self._comm.Send(data, dest=to)
+        self._comm.sent += data.nbytes
+
+    def allreduce(self, values: Array) -> None:
+        """Sum over ranks, in place: log2(P) rounds in which each rank sends everything once.
+
+        In every round both partners add the same two numbers, so all ranks get the same bits. Ranks beyond
+        the largest power of two lend their values to a partner first, and get the result from it.
+        """
+        other = np.empty_like(values)
+        core = 1 << (self.size.bit_length() - 1)
+        if self.rank >= core:
+            self._send(values, self.rank - core)
+            self._comm.Recv(values, source=self.rank - core)
+            return
+        if self.rank + core < self.size:
+            self._comm.Recv(other, source=self.rank + core)
+            values += other
+        distance = 1
+        while distance < core:
+            partner = self.rank ^ distance
+            self._comm.Sendrecv(values, dest=partner, recvbuf=other, source=partner)
+            self._comm.sent += values.nbytes
+            values += other
+            distance *= 2
+        if self.rank + core < self.size:
+            self._send(values, self.rank + core)
+
+    def reduce(self, message: Array, merge: Callable[[Array, Array], Array]) -> Array:
+        """Fold the ranks' messages, all of one size, in a binomial tree; every rank gets the outcome.
+
+        Args:
+            message: bytes of this rank.
+            merge: (mine, the partner's) to one message; called on the ranks where branches meet.
+        """
+        distance = 1
+        while distance < self.size:
+            if self.rank % (2 * distance) == distance:
+                self._send(message, self.rank - distance)
+                break
+            if self.rank + distance < self.size:
+                other = np.empty_like(message)
+                self._comm.Recv(other, source=self.rank + distance)
+                message = merge(message, other)
+            distance *= 2
+        return self._broadcast(message)
+
+    def _broadcast(self, message: Array) -> Array:
+        """The message of rank 0, by the same tree backwards."""
+        distance = 1
+        while distance < self.size:
+            distance *= 2
+        result: Array = message.copy()
+        while distance > 1:
+            half = distance // 2
+            if self.rank % distance == half:
+                self._comm.Recv(result, source=self.rank - half)
+            elif self.rank % distance == 0 and self.rank + half < self.size:
+                self._send(result, self.rank + half)
+            distance = half
+        return result
