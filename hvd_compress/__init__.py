@@ -1,11 +1,19 @@
 """Compressed data-parallel training for Horovod: replace ``hvd.DistributedOptimizer``, keep the script."""
 
-from typing import TYPE_CHECKING
-
-from hvd_compress import compressors
-from hvd_compress.algorithms import DEF, EF, LIEC, Algorithm, Dense, DistEF, GlobalSketch, GlobalTopK
-from hvd_compress.algorithms.policy import Policy
+from hvd_compress.algorithms import DEF, EF, LIEC, Algorithm, Dense, DistEF, GlobalSketch, GlobalTopK, Policy
 from hvd_compress.comm.communicator import Adasum, Average, Compression, ProcessSet, Sum, global_process_set
+from hvd_compress.compressors import (
+    BlockSign,
+    Cast,
+    Compressor,
+    CountSketch,
+    Identity,
+    LowRank,
+    RandomBlock,
+    RandomK,
+    TopK,
+    Warmup,
+)
 from hvd_compress.optimizer import DistributedOptimizer
 from hvd_compress.telemetry import Stats
 
@@ -15,7 +23,11 @@ __all__ = [
     "Adasum",
     "Algorithm",
     "Average",
+    "BlockSign",
+    "Cast",
     "Compression",
+    "Compressor",
+    "CountSketch",
     "DEF",
     "Dense",
     "DistEF",
@@ -23,18 +35,16 @@ __all__ = [
     "EF",
     "GlobalSketch",
     "GlobalTopK",
+    "Identity",
     "LIEC",
+    "LowRank",
     "Policy",
     "ProcessSet",
+    "RandomBlock",
+    "RandomK",
     "Stats",
     "Sum",
+    "TopK",
+    "Warmup",
     "global_process_set",
 ]
-# What compressors/__init__.py makes public. Not by a star at run time: that would also bring the modules
-# there, over ours of the same name.
-if TYPE_CHECKING:
-    from hvd_compress.compressors import *  # noqa: F403
-
-_found = {n: v for n, v in vars(compressors).items() if isinstance(v, type) and issubclass(v, compressors.Compressor)}
-globals().update(_found)
-__all__ += list(_found)

@@ -1,24 +1,27 @@
-"""Figures of the last step and in total: what was sent, what it cost, what is held back."""
+"""Figures of the last step and in total: what was sent, what it cost, how large the residual is."""
 
 from __future__ import annotations
 
+import contextlib
+import time
 from dataclasses import dataclass, field
+from typing import Iterator, Literal, Optional, Protocol
 
 
 @dataclass(frozen=True)
 class Stats:
-    """What ``optimizer.stats()`` returns; all figures are this rank's own.
+    """The result of ``optimizer.stats()``; all figures are this rank's own.
 
     Attributes:
         steps: exchanges done so far.
-        bytes_sent: bytes put on the payload by the last exchange, by the formula of the collective (ring
+        bytes_sent: bytes put on the wire by the last exchange, by the formula of the collective (ring
             allreduce: ``2 (P-1)/P`` times the payload), without the headers of the network.
         total_bytes_sent: everything sent since the optimizer was built, ``consensus`` and ``flush`` included.
         dense_bytes: what the last exchange would have sent uncompressed, in the parameters' dtype.
         ratio: ``dense_bytes / bytes_sent`` (1.0 when nothing is sent, at one rank).
-        residual_norm: l2 norm of what this rank holds back, as worker and as server: in update units where
+        residual_norm: l2 norm of this rank's residual, as worker and as server: in update units where
             updates are exchanged (DEF, DistEF, GlobalSketch, GlobalTopK), in gradient units for EF and LIEC; 0.0
-            where nothing is held back.
+            where there is none.
         encode_seconds: time of the last step spent compensating and encoding, on the host.
         decode_seconds: time of the last step spent decoding and placing.
         wait_seconds: time of the last step spent waiting for collectives.
@@ -52,48 +55,64 @@ class Figures:
     wait_seconds: float = 0.0
 
 
+class Meter(Protocol):
+    """Running counts of a communicator."""
+
+    bytes_sent: float
+    seconds_waited: float
+
+
 @dataclass
 class Recorder:
-    """Collects figures while a step goes on; ``close_step`` makes them the last step's."""
+    """Figures of one optimizer, collected while a step goes on; ``close_step`` makes them the last step's.
 
+    Attributes:
+        meter: the communicator, which counts bytes and waiting.
+        steps: exchanges done so far.
+    """
+
+    meter: Meter
     steps: int = 0
-    counted: float = 0.0
-    current: Figures = field(default_factory=Figures)
+    _counted: float = 0.0
+    _current: Figures = field(default_factory=Figures)
     last: Figures = field(default_factory=Figures)
     total: Figures = field(default_factory=Figures)
 
-    def encode_seconds(self, seconds: float) -> None:
-        self.current.encode_seconds += seconds
+    @contextlib.contextmanager
+    def timing(self, figure: Literal["encode_seconds", "decode_seconds"]) -> Iterator[None]:
+        """Count the time spent inside in ``figure``, but what is spent waiting for other ranks as waiting."""
+        begin, waited = time.perf_counter(), self.meter.seconds_waited
+        try:
+            yield
+        finally:
+            waiting = self.meter.seconds_waited - waited
+            self._current.wait_seconds += waiting
+            spent = getattr(self._current, figure) + time.perf_counter() - begin - waiting
+            setattr(self._current, figure, spent)
 
-    def decode_seconds(self, seconds: float) -> None:
-        self.current.decode_seconds += seconds
-
-    def wait_seconds(self, seconds: float) -> None:
-        self.current.wait_seconds += seconds
-
-    def close_step(self, sent: float) -> None:
-        """The exchange is complete; the comm has sent ``sent`` bytes since the beginning."""
+    def close_step(self) -> None:
+        """Make the current figures those of the last step: its exchange is complete."""
         self.steps += 1
-        self.last, self.current = self.current, Figures()
-        self.last.bytes_sent, self.counted = sent - self.counted, sent
+        self.last, self._current = self._current, Figures()
+        self.last.bytes_sent, self._counted = self.meter.bytes_sent - self._counted, self.meter.bytes_sent
         for name, value in vars(self.last).items():
             setattr(self.total, name, getattr(self.total, name) + value)
 
-    def between_steps(self, sent: float) -> None:
-        """What the comm has sent since the last step was not for an exchange (consensus, flush)."""
-        self.counted = sent
+    def exclude_bytes(self, since: Optional[float] = None) -> None:
+        """Leave bytes out of the next step's figure: they were sent for something else.
 
-    def aside(self, sent: float) -> None:
-        """So many bytes of this step were for no exchange."""
-        self.counted += sent
+        Args:
+            since: ``meter.bytes_sent`` before they were sent; None: all that was sent since the last step.
+        """
+        self._counted = self.meter.bytes_sent if since is None else self._counted + self.meter.bytes_sent - since
 
-    def snapshot(self, sent: float, dense_bytes: float, residual_norm: float, coefficient: float) -> Stats:
-        """The figures as a frozen record."""
+    def snapshot(self, dense_bytes: float, residual_norm: float, coefficient: float) -> Stats:
+        """Return the figures as a frozen record."""
         last, total = self.last, self.total
         return Stats(
             steps=self.steps,
             bytes_sent=last.bytes_sent,
-            total_bytes_sent=sent,
+            total_bytes_sent=self.meter.bytes_sent,
             dense_bytes=dense_bytes,
             ratio=dense_bytes / last.bytes_sent if last.bytes_sent else 1.0,
             residual_norm=residual_norm,

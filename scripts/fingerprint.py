@@ -80,6 +80,7 @@ def cases(launcher: str, ranks: int) -> dict[str, Case]:
     add("Compression.fp16", hc.Compression.fp16)
     for name, compressor in compressors.items():
         add(f"EF({name})", hc.EF(compressor))
+        add(f"EF({name}), constant rate", hc.EF(compressor), constant_rate=True)
         add(f"DEF({name})", hc.DEF(compressor))
     for name in ("RandomBlock", "TopK", "Cast"):
         add(f"EF({name}), unscaled residual", hc.EF(compressors[name], rescale_residual=False))
@@ -135,6 +136,7 @@ def train(algorithm: Any, options: dict[str, Any]) -> str:
     import hvd_compress
 
     dtype, kind = options.pop("dtype", torch.float32), options.pop("optimizer", "sgd")
+    rate = (lambda step: 0.05) if options.pop("constant_rate", False) else learning_rate
     model = torch.nn.ParameterDict(
         {
             name.replace(".", "_"): torch.nn.Parameter(_ramp(shape, 7 * index).to(dtype))
@@ -157,7 +159,7 @@ def train(algorithm: Any, options: dict[str, Any]) -> str:
     points, residuals, sent = hashlib.sha256(), hashlib.sha256(), 0.0
     for step in range(STEPS):
         for index, group in enumerate(optimizer.param_groups):
-            group["lr"] = learning_rate(step) * (0.01 if kind == "adam" else 1.0) / (1 + index)
+            group["lr"] = rate(step) * (0.01 if kind == "adam" else 1.0) / (1 + index)
         optimizer.zero_grad()
         for part in range(options.get("backward_passes_per_step", 1)):
             loss = torch.zeros((), dtype=torch.float64)
@@ -174,7 +176,7 @@ def train(algorithm: Any, options: dict[str, Any]) -> str:
             if kind != "adam":
                 with optimizer.consensus("virtual"):
                     _add(points, parameters)
-    _add(residuals, [r for r in (state.residual() for state in optimizer._reducer.states) if r is not None])
+    _add(residuals, [r for r in (state.residual_vector() for state in optimizer._reducer.states) if r is not None])
     every = hvd.allgather_object((points.hexdigest(), residuals.hexdigest(), sent))
     digests = [hashlib.sha256("".join(values).encode()).hexdigest()[:12] for values in list(zip(*every))[:2]]
     return f"parameters {digests[0]}  residuals {digests[1]}  bytes {sum(sent for *_, sent in every):.1f}"

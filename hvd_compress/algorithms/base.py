@@ -1,83 +1,174 @@
-"""What an algorithm is: what is remembered between steps, and where the model stands.
+"""The interface of an algorithm: what is remembered between steps, and where the model is.
 
-An algorithm object is a frozen description. ``attach`` makes its living part for one bucket: a
-``GradientState`` if gradients are exchanged (in ``synchronize()``), an ``UpdateState`` if what the wrapped
-optimizer subtracted is exchanged (in ``step()``).
+An algorithm object is a frozen description. ``attach`` makes its state for one bucket: a ``GradientState`` if
+gradients are exchanged (in ``synchronize()``), an ``UpdateState`` if what the wrapped optimizer subtracted is
+exchanged (in ``step()``).
 """
 
 from __future__ import annotations
 
 import abc
 import math
-from typing import ClassVar, Optional, Sequence
+from typing import Optional, Sequence, Union
 
-from hvd_compress.algorithms.bucket_state import State
-from hvd_compress.bucket import BUCKET_BYTES, Bucket, ParamEntry
+from hvd_compress.algorithms.gradient_state import GradientState
+from hvd_compress.algorithms.update_state import UpdateState
+from hvd_compress.bucket import Bucket, ParamEntry
 from hvd_compress.comm.communicator import Communicator
 from hvd_compress.compressors import Combine, Compressor, Warmup
-from hvd_compress.exchange import Context
+from hvd_compress.exchange import Context, Exchange, ExchangeSchedule
 
+State = Union[GradientState, UpdateState]
+
+# Per bucket of gradients: large enough that the latency of a collective does not count, small enough that
+# the first buckets travel while backward still computes the others.
+BUCKET_BYTES = 32 * 2**20
+# A compressed bucket may be larger: below this payload a collective costs its latency, not its bytes.
+PAYLOAD_BYTES = 2**20
 # Horovod's counts of elements (of bytes, where payloads are gathered) must stay below 2^31. Payloads of 16-bit
-# parameters may be twice what ``fraction`` says, and a bucket is closed only after it is full.
+# parameters may be twice what ``payload_ratio`` says, and a bucket is closed only after it is full.
 BUCKET_LIMIT, PAYLOAD_LIMIT = 2.0**31, 2.0**29
 
 
 class Algorithm(abc.ABC):
-    """Base of all algorithms: frozen dataclasses, validated when built.
-
-    Attributes:
-        exchanges_updates: False: gradients are exchanged before the wrapped optimizer steps; True: the
-            wrapped optimizer steps first, locally, and what it subtracted is exchanged.
-        local_models: gradients are exchanged, and yet each rank trains a model of its own.
-    """
-
-    exchanges_updates: ClassVar[bool] = False
-    local_models: ClassVar[bool] = False
-    local_steps: int = 1  # of the wrapped optimizer, per exchange
-    clip_norm: Optional[float] = None  # of the local gradients, before they become momentum
+    """Base of all algorithms: frozen dataclasses, validated when built."""
 
     @property
-    def bucket_bytes(self) -> float:
-        """Bytes of parameters after which a bucket is closed."""
-        return math.inf if self.exchanges_updates else BUCKET_BYTES
-
-    def bucket_limit(self, ranks: int) -> float:
-        """Bytes of parameters after which a bucket is closed in any case: Horovod counts in 32 bits."""
-        return limit_for(getattr(self, "compressor", None), ranks)
+    @abc.abstractmethod
+    def exchanges_updates(self) -> bool:
+        """Whether the wrapped optimizer steps first, locally, and what it subtracted is exchanged."""
 
     @property
-    def gathers(self) -> bool:
-        """Whether anything but allreduces is used, which Horovod cannot do once a rank has called ``hvd.join()``."""
-        compressor = getattr(self, "compressor", None)
-        return isinstance(compressor, Compressor) and compressor.combine is Combine.GATHER
+    def local_models(self) -> bool:
+        """Whether gradients are exchanged, and yet each rank trains a model of its own."""
+        return False
 
     @property
-    def splits_groups(self) -> bool:
-        """Whether parameter groups get buckets of their own, as their learning rates matter."""
-        return not self.exchanges_updates or not getattr(self, "rescale_residual", True)
+    def local_steps(self) -> int:
+        """Steps of the wrapped optimizer per exchange."""
+        return 1
 
-    def choose(self, entry: ParamEntry) -> Algorithm:
-        """The algorithm for one parameter: this one, unless it leaves some to another."""
-        return self
+    @property
+    def clip_norm(self) -> Optional[float]:
+        """Norm to which the local gradients are clipped before they become momentum, or None."""
+        return None
+
+    @property
+    def allreduce_only(self) -> bool:
+        """Whether nothing but allreduces is used, which is all that works once a rank has called ``hvd.join()``."""
+        return True
+
+    @abc.abstractmethod
+    def choose(self, entry: ParamEntry) -> BucketAlgorithm:
+        """Return the algorithm of one parameter."""
 
     def check(self, comm: Communicator) -> None:  # noqa: B027
         """Raise ValueError, alike on every rank, if this job cannot run the algorithm."""
 
+
+class _OfBuckets(Algorithm):
+    """What algorithms of gradients and of updates have in common.
+
+    Attributes:
+        compressor: what travels; algorithms without one override ``bucket_limit``.
+    """
+
+    compressor: Compressor
+
+    @property
+    def rescale_residual(self) -> bool:
+        """Whether the residual keeps its size in update units when the learning rate changes."""
+        return True
+
+    @property
     @abc.abstractmethod
-    def attach(self, bucket: Bucket, context: Context) -> State:
-        """The state of this algorithm for ``bucket``; allocates all its buffers."""
+    def bucket_bytes(self) -> float:
+        """Bytes of parameters after which a bucket is closed."""
+
+    def bucket_limit(self, ranks: int) -> float:
+        """Return the bytes of parameters after which a bucket is closed in any case: Horovod counts in 32 bits."""
+        return payload_limit(self.compressor, ranks)
+
+    @property
+    def allreduce_only(self) -> bool:
+        return self.compressor.combine is not Combine.GATHER
 
 
-def limit_for(compressor: Optional[Compressor], ranks: int, gathered: Optional[bool] = None) -> float:
-    """Bytes of parameters whose payloads a collective can bring together, with room for the bucket's last parameter.
+class GradientAlgorithm(_OfBuckets):
+    """Base of algorithms that exchange gradients before the wrapped optimizer steps."""
+
+    @property
+    def exchanges_updates(self) -> bool:
+        return False
+
+    @property
+    def bucket_bytes(self) -> float:
+        return max(BUCKET_BYTES, PAYLOAD_BYTES / self.compressor.payload_ratio)
+
+    @property
+    def splits_groups(self) -> bool:
+        """Whether parameter groups get buckets of their own: their learning rates matter."""
+        return True
+
+    def choose(self, entry: ParamEntry) -> BucketAlgorithm:
+        return self
+
+    @abc.abstractmethod
+    def attach(self, bucket: Bucket, context: Context) -> GradientState:
+        """Return the state of this algorithm for ``bucket``; allocates all its buffers."""
+
+
+class UpdateAlgorithm(_OfBuckets):
+    """Base of algorithms that exchange what the wrapped optimizer has subtracted.
+
+    A new one gives its arguments and ``make_exchange``; everything else is ``UpdateState``'s.
+    """
+
+    @property
+    def exchanges_updates(self) -> bool:
+        return True
+
+    @property
+    def masking(self) -> bool:
+        """Whether the wrapped optimizer's momentum is cleared where it was sent."""
+        return False
+
+    @property
+    def bucket_bytes(self) -> float:
+        return math.inf
+
+    @property
+    def splits_groups(self) -> bool:
+        """Whether parameter groups get buckets of their own: their learning rates matter."""
+        return not self.rescale_residual
+
+    def choose(self, entry: ParamEntry) -> BucketAlgorithm:
+        return self
+
+    @abc.abstractmethod
+    def make_exchange(self, bucket: Bucket, context: Context) -> Union[Exchange, ExchangeSchedule]:
+        """Return how updates of ``bucket`` travel; allocates payloads."""
+
+    def attach(self, bucket: Bucket, context: Context) -> UpdateState:
+        """Return the state of this algorithm for ``bucket``; allocates all its buffers."""
+        exchange = self.make_exchange(bucket, context)
+        return UpdateState(bucket, context, exchange, self.rescale_residual, self.masking)
+
+
+BucketAlgorithm = Union[GradientAlgorithm, UpdateAlgorithm]
+
+
+def payload_limit(compressor: Optional[Compressor], ranks: int, gathered: Optional[bool] = None) -> float:
+    """Return the bytes of parameters whose payloads one collective can hold, with room for one more parameter.
 
     Args:
+        compressor: None: payloads do not grow with the bucket.
         gathered: whether one rank receives the payloads of all; None: if the compressor's are not summed.
     """
     if compressor is None:
         return BUCKET_LIMIT
     if isinstance(compressor, Warmup):
-        return min(limit_for(stage, ranks, gathered) for stage in compressor.stages)
+        return min(payload_limit(stage, ranks, gathered) for stage in compressor.stages)
     together = ranks if (compressor.combine is Combine.GATHER if gathered is None else gathered) else 1
     return min(BUCKET_LIMIT, PAYLOAD_LIMIT / (together * compressor.payload_ratio))
 

@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from dataclasses import dataclass
-from typing import Optional, Sequence
+from typing import Mapping, Optional, Sequence
 
 import torch
 from torch import Tensor
 
-from hvd_compress.algorithms.base import Algorithm
-from hvd_compress.algorithms.bucket_state import GradientState, Rate
+from hvd_compress.algorithms.base import GradientAlgorithm
+from hvd_compress.algorithms.bucket_state import Rate, SavedParameter
+from hvd_compress.algorithms.gradient_state import GradientState
 from hvd_compress.bucket import Bucket, FlatBuffer
 from hvd_compress.compressors import Cast, Compressor, Identity
 from hvd_compress.exchange import Context, FlatAllreduce
 
 
 @dataclass(frozen=True, init=False)
-class Dense(Algorithm):
+class Dense(GradientAlgorithm):
     """Average gradients in contiguous buckets, nothing compressed, nothing remembered.
 
     Args:
-        compressor: ``Identity()``, or ``Cast(torch.float16)`` for what Horovod calls ``Compression.fp16``. Nothing
+        compressor: ``Identity()``, or ``Cast(torch.float16)`` for what Horovod calls ``Compression.fp16``. No residual
             keeps what the cast loses, so a value beyond its range becomes an infinity that can be seen.
         wire: deprecated name of ``compressor``.
 
     Raises:
-        ValueError: if ``compressor`` is another compressor: it would lose what it does not send.
+        ValueError: if ``compressor`` is another compressor: what it does not send would be lost.
     """
 
     compressor: Compressor = Identity()  # noqa: RUF009 - frozen
@@ -59,67 +59,73 @@ class Dense(Algorithm):
 
 
 class _DenseState(GradientState):
-    """Gradients are copied into (or already live in) ``out``, which is reduced in place."""
+    """Gradients are copied into ``out``, or are views of it already, and ``out`` is reduced in place."""
 
-    delays = False
+    has_residual = False
 
     def __init__(self, config: Dense, bucket: Bucket, context: Context) -> None:
-        self.bucket, self._context = bucket, context
+        self.bucket = bucket
         self.out = bucket.flat_buffer(bucket.dtype)
         # Horovod cannot sum bfloat16; other dtypes travel as they are unless a Cast narrows them.
-        wire_dtype = torch.float32 if bucket.dtype == torch.bfloat16 else bucket.dtype
-        if isinstance(config.compressor, Cast) and config.compressor.dtype.itemsize < wire_dtype.itemsize:
-            wire_dtype = config.compressor.dtype
-        self._payload = (
-            self.out.flat if wire_dtype == bucket.dtype else torch.zeros_like(self.out.flat, dtype=wire_dtype)
-        )
-        self._ring = FlatAllreduce(self._payload, "dense", bucket, context)
-        self._absorbed: set[int] = set()
+        dtype = torch.float32 if bucket.dtype == torch.bfloat16 else bucket.dtype
+        if isinstance(config.compressor, Cast) and config.compressor.dtype.itemsize < dtype.itemsize:
+            dtype = config.compressor.dtype
+        self._payload = self.out.flat if dtype == bucket.dtype else torch.zeros_like(self.out.flat, dtype=dtype)
+        self._allreduce = FlatAllreduce(self._payload, f"{bucket.name}.dense", bucket, context)
+        self._accumulated: set[int] = set()
 
     def accumulate_grad(self, index: int, gradient: Tensor, rate: Rate) -> Optional[Tensor]:
         view = self.out.views[index]
-        self._absorbed.add(index)
+        self._accumulated.add(index)
         if gradient.data_ptr() == view.data_ptr():
             return gradient
         view.copy_(gradient)
         return view.detach()
 
     def discard_step(self) -> None:
-        self._absorbed.clear()
+        self._accumulated.clear()
 
     def drain(self) -> None:
-        self._ring.wait()
-
-    def buffers(self) -> dict[str, FlatBuffer]:
-        return {}
+        self._allreduce.wait()
 
     def start(self, step: int, gradients: Sequence[Optional[Tensor]], rate: Rate) -> None:
-        begin = time.perf_counter()
         targets, sources, missing = [], [], []
         for index, (view, gradient) in enumerate(zip(self.out.views, gradients)):
-            if index in self._absorbed:
+            if index in self._accumulated:
                 continue
             if gradient is None:
                 missing.append(view)
             elif gradient.data_ptr() != view.data_ptr():
                 targets.append(view)
                 sources.append(gradient)
-        self._absorbed.clear()
+        self._accumulated.clear()
         if missing:
             torch._foreach_zero_(missing)
         if targets:
             torch._foreach_copy_(targets, sources)
         if self._payload is not self.out.flat:
             self._payload.copy_(self.out.flat)
-        self._ring.launch()
-        self._context.recorder.encode_seconds(time.perf_counter() - begin)
+        self._allreduce.launch()
 
     def finish(self) -> list[Tensor]:
-        begin = time.perf_counter()
-        self._ring.wait()
-        waited = time.perf_counter()
+        self._allreduce.wait()
         if self._payload is not self.out.flat:
             self.out.flat.copy_(self._payload)
-        self._context.recorder.wait_seconds(waited - begin)
-        self._context.recorder.decode_seconds(time.perf_counter() - waited)
-        return [view.detach() for view in self.out.views]  # whose memory the user may exchange: p.grad.data = ...
+        return [view.detach() for view in self.out.views]  # the user may give them other memory: p.grad.data = ...
+
+    # -- there is no residual ----------------------------------------------------------------------------
+
+    def buffers(self) -> dict[str, FlatBuffer]:
+        return {}
+
+    def restore(self, parts: Mapping[str, SavedParameter], own: bool) -> set[str]:
+        return set()
+
+    def residual_vector(self) -> Optional[Tensor]:
+        return None
+
+    def pending_gradient(self) -> Optional[Tensor]:
+        return None
+
+    def clear_residual(self) -> None:
+        """Return at once: there is no residual."""

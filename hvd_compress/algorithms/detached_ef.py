@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
-from typing import Any, ClassVar, Mapping, Optional, Union, cast
+from typing import Any, Mapping, Optional, Union, cast
 
 import torch
 from torch import Tensor
 
 from hvd_compress import validation
-from hvd_compress.algorithms.base import Algorithm, require_combining
-from hvd_compress.algorithms.bucket_state import UpdateState
-from hvd_compress.algorithms.momentum_masking import FlatMomentum
-from hvd_compress.algorithms.residual_update import Coefficient, Folder, stand
-from hvd_compress.algorithms.update_state import HeldUpdates
-from hvd_compress.bucket import Bucket, FlatBuffer
+from hvd_compress.algorithms.base import UpdateAlgorithm, require_combining
+from hvd_compress.algorithms.residual_update import Coefficient, ResidualUpdate, detached_point
+from hvd_compress.algorithms.update_state import UpdateState
+from hvd_compress.bucket import Bucket
 from hvd_compress.compressors import Combine, Compressor, Identity, Warmup
-from hvd_compress.exchange import AllreduceExchange, Context, exchange_for
+from hvd_compress.exchange import AllreduceExchange, Context, Exchange, ExchangeSchedule, FlatAllreduce
 
 # "auto" starts from the paper's default and averages its measurements over about ten exchanges.
 FIRST_COEFFICIENT = 0.3
-MEMORY = 0.9
+AVERAGING = 0.9
 
 
 @dataclass(frozen=True)
-class DEF(Algorithm):
+class DEF(UpdateAlgorithm):
     """Detached error feedback: the gradient is taken between the shared model and this rank's own.
 
     What is compressed is the local update u_k (learning rate, momentum and weight decay inside), here
@@ -47,14 +44,12 @@ class DEF(Algorithm):
             does; for compressors that select coordinates.
         clip_norm: clip the norm of the local gradient to this over the square root of the number of ranks
             before it becomes momentum, as Deep Gradient Compression does; None: do not.
-        rescale_residual: True keeps what is owed in update units; False lets a change of learning rate
+        rescale_residual: True keeps the residual in update units; False lets a change of learning rate
             change it in proportion.
 
     Raises:
         ValueError: if an argument is out of range.
     """
-
-    exchanges_updates: ClassVar[bool] = True
 
     compressor: Compressor
     coefficient: Union[float, str] = 0.3
@@ -88,129 +83,157 @@ class DEF(Algorithm):
             )
         validation.positive_or_none("DEF", "clip_norm", self.clip_norm)
 
+    def make_exchange(self, bucket: Bucket, context: Context) -> ExchangeSchedule:
+        return ExchangeSchedule(bucket, self.compressor, context)
+
     def attach(self, bucket: Bucket, context: Context) -> UpdateState:
         return _DEFState(self, bucket, context)
 
 
 def dense_on_updates(local_steps: int = 1, compressor: Compressor = Identity()) -> DEF:  # noqa: B008 - frozen
-    """Updates averaged uncompressed (or cast): what Dense(compressor) is among algorithms that exchange updates."""
+    """Return ``Dense(compressor)`` for use among algorithms that exchange updates: they are averaged uncompressed."""
     return DEF(compressor, coefficient=0.0, local_steps=local_steps)
 
 
-class _DEFState(HeldUpdates):
+class _DEFState(UpdateState):
     """One-way exchange of updates; the parameters hold z = x - coefficient * e."""
 
     def __init__(self, config: DEF, bucket: Bucket, context: Context) -> None:
-        super().__init__(bucket, context, config.rescale_residual)
-        self._auto = config.coefficient == "auto"
-        self._exchange = exchange_for(bucket, config.compressor, context, tail=int(self._auto))
-        self._momentum = FlatMomentum(bucket, context) if config.masking else None
-        self._blocks: Optional[_Blocks] = None
-        if isinstance(self._exchange, AllreduceExchange) and self._exchange.codec.data_independent:
-            self._blocks = _Blocks(self, self._exchange)
-        self._coefficient: Coefficient = (
-            FIRST_COEFFICIENT if isinstance(config.coefficient, str) else float(config.coefficient)
-        )
-        self._mean_square: Coefficient = 0.0
-        self._square_mean: Coefficient = 0.0
+        exchange = config.make_exchange(bucket, context)
+        super().__init__(bucket, context, exchange, config.rescale_residual, config.masking)
+        self._sent: Optional[_SentCoordinates] = None
+        self._fixed = 0.0 if isinstance(config.coefficient, str) else config.coefficient
+        self._measured = _BestCoefficient(bucket, context) if config.coefficient == "auto" else None
 
-    def buffers(self) -> dict[str, FlatBuffer]:
-        return {**super().buffers(), **self._exchange.warm_start()}
+    @property
+    def next_coefficient(self) -> Coefficient:
+        return self._fixed if self._measured is None else self._measured.coefficient
 
     @property
     def coefficient(self) -> float:
         """The coefficient in force (a host synchronisation where it is measured on an accelerator)."""
-        return float(self._coefficient)
+        return float(self.next_coefficient)
 
-    def scalars(self) -> dict[str, Any]:
+    def start(self, step: int, lr: float) -> None:
+        self.set_step(step)
+        if (sent := self._sent_coordinates(self.exchange)) is None:
+            self.accumulate_update(lr)
+            self.exchange.encode(self.residual.flat)
+            self._launch()
+            return
+        # Which coordinates are sent is known before the data. So these are updated first, and while they travel, all
+        # others: a coordinate that is not sent has its final e and z before the exchange, as its x does not change.
+        # ``finish`` corrects the ones that were sent.
+        before, after, factor = self.local_coefficient, self.next_coefficient, self.rescale_for_lr(lr)
+        sent.update(before, after, factor)
+        self._launch()
+        self._update.apply(before, after, factor)
+        self.local_coefficient = after
+
+    def _launch(self) -> None:
+        self.exchange.launch()
+        if self._measured is not None:
+            self._measured.launch(cast(AllreduceExchange, self.exchange))
+
+    def _sent_coordinates(self, exchange: Exchange) -> Optional[_SentCoordinates]:
+        """Return x, e and z at the coordinates that ``exchange`` sends, if these are known before the data."""
+        if not isinstance(exchange, AllreduceExchange) or not exchange.codec.data_independent:
+            self._sent = None
+        elif self._sent is None or self._sent.exchange is not exchange:
+            self._sent = _SentCoordinates(self, exchange)
+        return self._sent
+
+    def finish(self) -> None:
+        self.exchange.wait()
+        if self._measured is not None:
+            self._measured.update(cast(AllreduceExchange, self.exchange))
+        if self._sent is None:
+            self.apply_aggregate()
+        else:
+            self._sent.apply_aggregate(self.local_coefficient)
+        self.mask_momentum()
+
+    def state_dict(self) -> dict[str, Any]:
+        saved = super().state_dict()
+        return saved if self._measured is None else {**saved, **self._measured.state_dict()}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        if self._measured is not None:
+            self._measured.load_state_dict(saved)
+        super().load_state_dict(saved)
+
+
+class _SentCoordinates:
+    """x, e and z at the coordinates of this step, gathered: they are sent before the others are updated."""
+
+    def __init__(self, state: UpdateState, exchange: AllreduceExchange) -> None:
+        self.exchange = exchange
+        self._whole = (state.shared.flat, state.residual.flat, state.local.flat)
+        self._x, self._e, self._z = (torch.zeros_like(exchange.payload, dtype=v.dtype) for v in self._whole)
+        self._update = ResidualUpdate(self._x, self._e, self._z)
+
+    def update(self, before: Coefficient, after: Coefficient, factor: float) -> None:
+        """Do the step's residual update at these coordinates only; the residual there is the payload."""
+        for whole, part in zip(self._whole, (self._x, self._e, self._z)):
+            self.exchange.codec.encode(whole, part)
+        self._update.apply(before, after, factor)
+        self.exchange.payload.copy_(self._e)
+
+    def apply_aggregate(self, coefficient: Coefficient) -> None:
+        """Set x, e and z to their values after the exchange, at these coordinates."""
+        self._x.sub_(self.exchange.aggregate)
+        self._e.sub_(self.exchange.payload)
+        detached_point(self._x, self._e, coefficient, self._z)
+        for whole, part in zip(self._whole, (self._x, self._e, self._z)):
+            self.exchange.codec.write(part, whole)
+
+
+class _BestCoefficient:
+    """lambda* = ||mean e||^2 / mean_k ||e_k||^2, measured on the payloads.
+
+    The denominator is ||mean e||^2 plus the variance over ranks. Both are averaged over about ten exchanges.
+    """
+
+    def __init__(self, bucket: Bucket, context: Context) -> None:
+        self._on_host = bucket.device.type == "cpu"
+        self._dtype = bucket.state_dtype
+        square = torch.zeros(1, dtype=bucket.state_dtype, device=bucket.device)
+        # Scale factors from 2^16 on are no payload's, so Horovod never fuses this number with one.
+        scale = 2.0 ** (16 + bucket.ordinal % 16)
+        self._mean_square_now = FlatAllreduce(square, f"{bucket.name}.square", bucket, context, scale=scale)
+        self.coefficient: Coefficient = FIRST_COEFFICIENT
+        self._mean_square: Coefficient = 0.0
+        self._square_mean: Coefficient = 0.0
+
+    def launch(self, exchange: AllreduceExchange) -> None:
+        """Start to average the ranks' ||e_k||^2 at the coordinates that they exchange."""
+        self._mean_square_now.buffer.copy_(exchange.payload.to(self._dtype).square().sum())
+        self._mean_square_now.launch()
+
+    def update(self, exchange: AllreduceExchange) -> None:
+        """Take in this exchange's two numbers; ``exchange`` has its aggregate."""
+        self._mean_square_now.wait()
+        square_mean: Coefficient = exchange.aggregate.to(self._dtype).square().sum()
+        mean_square: Coefficient = self._mean_square_now.buffer.sum()
+        if self._on_host:
+            square_mean, mean_square = float(square_mean), float(mean_square)
+        self._square_mean = AVERAGING * self._square_mean + (1 - AVERAGING) * square_mean
+        self._mean_square = AVERAGING * self._mean_square + (1 - AVERAGING) * mean_square
+        if isinstance(self._mean_square, Tensor):
+            ratio = self._square_mean / self._mean_square.clamp(min=torch.finfo(self._dtype).tiny)
+            self.coefficient = torch.where(self._mean_square > 0, ratio.clamp(max=1.0), self.coefficient)
+        elif self._mean_square > 0:
+            self.coefficient = min(1.0, float(self._square_mean) / self._mean_square)
+
+    def state_dict(self) -> dict[str, float]:
+        """Return the three numbers, which are the same on every rank."""
         return {
-            **super().scalars(),
-            "coefficient": self.coefficient,
+            "coefficient": float(self.coefficient),
             "mean_square": float(self._mean_square),
             "square_mean": float(self._square_mean),
         }
 
-    def load_scalars(self, saved: Mapping[str, Any]) -> None:
-        super().load_scalars(saved)
-        if self._auto and "coefficient" in saved:
-            self._coefficient = float(saved["coefficient"])
-            self._mean_square, self._square_mean = float(saved["mean_square"]), float(saved["square_mean"])
-
-    def start(self, step: int, lr: float) -> None:
-        begin = time.perf_counter()
-        exchange, blocks = self._exchange, self._blocks
-        move = (self.placed, self._coefficient, self.decay(lr))
-        self.placed = self._coefficient
-        exchange.set_step(step)
-        if blocks is not None:
-            # The coordinates are known beforehand: send them first, work on the rest while they travel.
-            blocks.fold(*move)
-        else:
-            self.folder.fold(*move)
-            exchange.encode(self.held.flat)
-        if self._auto and isinstance(exchange, AllreduceExchange):
-            exchange.tail.copy_(exchange.sent.to(exchange.tail.dtype).square().sum())
-        exchange.launch()
-        if blocks is not None:
-            self.folder.fold(*move)
-        self.context.recorder.encode_seconds(time.perf_counter() - begin)
-
-    def next_round(self) -> None:
-        self._exchange.next_round()
-
-    def finish(self) -> None:
-        self._exchange.wait()
-        begin = time.perf_counter()
-        if self._auto:
-            self._measure()
-        if self._blocks is not None:
-            self._blocks.add_aggregate(self.placed)
-        else:
-            self._exchange.add_aggregate(self.shared.flat, -1.0)
-            self._exchange.subtract_sent(self.held.flat)
-            self.place()
-        if self._momentum is not None:
-            self._momentum.clear(self._exchange.clear)
-        self.context.recorder.decode_seconds(time.perf_counter() - begin)
-
-    def _measure(self) -> None:
-        """Best lambda = ||mean e||^2 / mean_k ||e_k||^2, as the mean square is that norm plus the variance."""
-        exchange = cast(AllreduceExchange, self._exchange)
-        mean = exchange.received.to(self.bucket.state_dtype)
-        square_mean: Coefficient = mean.square().sum()
-        mean_square: Coefficient = exchange.tail.sum()
-        if self.bucket.device.type == "cpu":
-            square_mean, mean_square = float(square_mean), float(mean_square)
-        self._square_mean = MEMORY * self._square_mean + (1 - MEMORY) * square_mean
-        self._mean_square = MEMORY * self._mean_square + (1 - MEMORY) * mean_square
-        if isinstance(self._mean_square, Tensor):
-            tiny = torch.finfo(self.bucket.state_dtype).tiny
-            ratio = (self._square_mean / self._mean_square.clamp(min=tiny)).clamp(max=1.0)
-            self._coefficient = torch.where(self._mean_square > 0, ratio, self._coefficient)
-        elif self._mean_square > 0:
-            self._coefficient = min(1.0, float(self._square_mean) / self._mean_square)
-
-
-class _Blocks:
-    """x, e and z at the coordinates of this step, gathered: they can be sent before the rest is worked on."""
-
-    def __init__(self, state: HeldUpdates, exchange: AllreduceExchange) -> None:
-        self._exchange, self._state = exchange, state
-        self._whole = (state.shared.flat, state.held.flat, state.local.flat)
-        self._x, self._e, self._z = (torch.zeros_like(exchange.sent, dtype=v.dtype) for v in self._whole)
-        self._folder = Folder(self._x, self._e, self._z)
-
-    def fold(self, placed: Coefficient, coefficient: Coefficient, decay: float) -> None:
-        """The step's fold at these coordinates only; what it gives of e is the payload."""
-        for whole, block in zip(self._whole, (self._x, self._e, self._z)):
-            self._exchange.codec.encode(whole, block)
-        self._folder.fold(placed, coefficient, decay)
-        self._exchange.sent.copy_(self._e)
-
-    def add_aggregate(self, coefficient: Coefficient) -> None:
-        """x, e and z after the exchange, at these coordinates."""
-        self._x.sub_(self._exchange.received)
-        self._e.sub_(self._exchange.sent)
-        stand(self._x, self._e, coefficient, self._z)
-        for whole, block in zip(self._whole, (self._x, self._e, self._z)):
-            self._exchange.codec.write(block, whole)
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Restore ``state_dict``."""
+        self.coefficient = float(saved["coefficient"])
+        self._mean_square, self._square_mean = float(saved["mean_square"]), float(saved["square_mean"])

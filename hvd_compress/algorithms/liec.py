@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Container, Mapping, Optional, Sequence
+from typing import Any, Mapping, Optional, Sequence
 
 import torch
 from torch import Tensor
 
 from hvd_compress import validation
-from hvd_compress.algorithms.base import Algorithm, limit_for, require_combining, require_constant
-from hvd_compress.algorithms.bucket_state import GradientState, Rate
-from hvd_compress.bucket import BUCKET_BYTES, PAYLOAD_BYTES, Bucket, FlatBuffer
+from hvd_compress.algorithms.base import GradientAlgorithm, payload_limit, require_combining, require_constant
+from hvd_compress.algorithms.bucket_state import Rate, SavedParameter, require_same_shape
+from hvd_compress.algorithms.gradient_state import GradientState
+from hvd_compress.bucket import Bucket, FlatBuffer
 from hvd_compress.comm.communicator import Communicator
 from hvd_compress.compressors import BlockSign, Combine, Compressor, Identity
 from hvd_compress.exchange import Context, FlatAllreduce, ShardedServerExchange, require_countable
 
 
 @dataclass(frozen=True)
-class LIEC(Algorithm):
+class LIEC(GradientAlgorithm):
     """Local immediate error compensation: what a rank did not send it applies to its own model at once.
 
     Each rank trains a model z_k of its own. With g_k the gradient there, s the server's error:
@@ -29,7 +29,7 @@ class LIEC(Algorithm):
     and the wrapped optimizer steps along d_k, which is what ``p.grad`` holds after ``synchronize()``. Every
     ``averaging_period`` steps nothing is compressed: z_k = mean_k z_k, d_k = mean_k g_k + s, s = 0. The model
     to evaluate or save is mean_k z_k: ``optimizer.consensus()``. The authors use plain SGD; with momentum the
-    models still average to the same mean, but stay apart after an averaging step. Statistics of
+    models still average to the same mean, but differ after an averaging step. Statistics of
     batch normalisation are not parameters: take rank 0's (``hvd.broadcast_parameters`` of the buffers).
 
     Args:
@@ -43,8 +43,6 @@ class LIEC(Algorithm):
         ValueError: if an argument is not allowed.
     """
 
-    local_models: ClassVar[bool] = True
-
     compressor: Compressor = field(default_factory=BlockSign)
     averaging_period: int = 32
     rescale_residual: bool = True
@@ -56,22 +54,22 @@ class LIEC(Algorithm):
         validation.boolean("LIEC", "rescale_residual", self.rescale_residual)
 
     @property
-    def bucket_bytes(self) -> float:
-        return max(BUCKET_BYTES, PAYLOAD_BYTES / self.compressor.payload_ratio)
-
-    def bucket_limit(self, ranks: int) -> float:
-        return limit_for(self.compressor, ranks, gathered=False)
+    def local_models(self) -> bool:
+        return True
 
     @property
-    def gathers(self) -> bool:
-        return True
+    def allreduce_only(self) -> bool:
+        return False
+
+    def bucket_limit(self, ranks: int) -> float:
+        return payload_limit(self.compressor, ranks, gathered=False)
 
     def attach(self, bucket: Bucket, context: Context) -> GradientState:
         return _LIECState(self, bucket, context)
 
 
 class _LIECState(GradientState):
-    """``_direction`` holds g_k, then r_k, then d_k; the server's error is in gradient units of the last rate.
+    """One vector that holds g_k, then r_k, then d_k; the server's error is in gradient units of the last rate.
 
     The parameters are views of a flat vector that is saved with the state: the model of a checkpoint is the mean.
     """
@@ -80,81 +78,24 @@ class _LIECState(GradientState):
 
     def __init__(self, config: LIEC, bucket: Bucket, context: Context) -> None:
         self.bucket, self._config, self._context = bucket, config, context
-        self.delays = not isinstance(config.compressor, Identity)
+        self.has_residual = not isinstance(config.compressor, Identity)
         require_countable(bucket, "models and gradients to be averaged", 2 * bucket.layout.total)
         self._exchange = ShardedServerExchange(bucket, config.compressor, config.compressor, context)
         self._local = bucket.flat_buffer(bucket.dtype)
         bucket.move_params_to(self._local)
         self._direction = bucket.flat_buffer(bucket.state_dtype)
         self._out = self._direction if bucket.dtype == bucket.state_dtype else bucket.flat_buffer(bucket.dtype)
-        self._carried: Optional[FlatBuffer] = None  # a former owner's error, after shards have been cut anew
+        self._carried: Optional[FlatBuffer] = None  # joins the next gradient: a former server's error
         self._mean: Optional[_Mean] = None
         self._averaging = False
         self._loss_scale = 1.0
 
-    def buffers(self) -> dict[str, FlatBuffer]:
-        self.bucket.ensure_params_in(self._local)
-        carried = {"carried": self._carried} if self._carried is not None else {}
-        return {**carried, "server": self._exchange.error_buffer(), "local": self._local}
-
-    def expect(self, kinds: Container[str]) -> None:
-        self._carried = self.bucket.flat_buffer(self.bucket.state_dtype) if "carried" in kinds else None
-
-    def scalars(self) -> dict[str, Any]:
-        return {"lr": self._lr, "owed_at": self.owed_at}
-
-    def load_scalars(self, saved: Mapping[str, Any]) -> None:
-        self._lr, self.owed_at = float(saved["lr"]), saved["owed_at"]
-
-    def conversion(self, saved: Mapping[str, Any]) -> float:
-        there, here = saved["owed_at"], self.owed_at
-        return 1.0 if there is None or here is None else float(there / here)
-
-    def take_back(self, index: int, begin: int, values: Tensor) -> None:
-        part = self.bucket.part(self._carry().flat, index)
-        part[begin : begin + values.numel()].add_(values, alpha=self._context.comm.size)
-
-    def _carry(self) -> FlatBuffer:
-        """What joins the next gradient."""
-        if self._carried is None:
-            self._carried = self.bucket.flat_buffer(self.bucket.state_dtype)
-        return self._carried
-
-    def residual(self) -> Optional[Tensor]:
-        error = self._exchange.error
-        return error if self._carried is None else torch.cat((error, self._carried.flat))
-
-    def discard_step(self) -> None:
-        """Nothing is absorbed before ``start``."""
-
-    def drain(self) -> None:
-        if self._averaging and self._mean is not None:
-            self._mean.ring.wait()
-        else:
-            self._exchange.drain()
-        self._averaging = False
-
-    def _follow(self, rate: Rate) -> None:
-        """Keep what the server owes in update units: eta_{t-1} / eta_t times as much gradient."""
-        if (owed := self._exchange.resettle()) is not None:
-            self._carry().flat.add_(owed)
-        if (before := self.turn(rate, self._config.rescale_residual)) != rate.lr:
-            self._exchange.error.mul_(before / rate.lr)
-            if self._carried is not None:
-                self._carried.flat.mul_(before / rate.lr)
-        self._loss_scale = rate.loss_scale
+    # -- one exchange ------------------------------------------------------------------------------------
 
     def start(self, step: int, gradients: Sequence[Optional[Tensor]], rate: Rate) -> None:
-        begin = time.perf_counter()
         self._averaging = False  # also if the last one has failed
-        self._follow(rate)
-        views = self._direction.views
-        missing = [view for view, g in zip(views, gradients) if g is None]
-        found = [(view, g) for view, g in zip(views, gradients) if g is not None and g.data_ptr() != view.data_ptr()]
-        if missing:
-            torch._foreach_zero_(missing)
-        if found:
-            torch._foreach_copy_([view for view, _ in found], [g for _, g in found])
+        self._rescale_errors(rate)
+        self._collect(gradients)
         g = self._direction.flat
         if rate.loss_scale != 1.0:
             g.mul_(1.0 / rate.loss_scale)
@@ -166,17 +107,36 @@ class _LIECState(GradientState):
             self._exchange.set_step(step)
             self._exchange.encode(g)
             self._exchange.launch()
-        self._context.recorder.encode_seconds(time.perf_counter() - begin)
+
+    def _rescale_errors(self, rate: Rate) -> None:
+        """Keep the server's error in update units: eta_{t-1} / eta_t times as much gradient."""
+        if (former_shard_error := self._exchange.reshard()) is not None:
+            self.pending_buffer().flat.add_(former_shard_error)
+        if (factor := self.residual_rescale(rate, self._config.rescale_residual)) != 1.0:
+            self._exchange.rescale_server_error(factor)
+            if self._carried is not None:
+                self._carried.flat.mul_(factor)
+        self._loss_scale = rate.loss_scale
+
+    def _collect(self, gradients: Sequence[Optional[Tensor]]) -> None:
+        """Copy gradients into the flat vector, zeros where one is missing."""
+        views = self._direction.views
+        missing = [view for view, g in zip(views, gradients) if g is None]
+        found = [(view, g) for view, g in zip(views, gradients) if g is not None and g.data_ptr() != view.data_ptr()]
+        if missing:
+            torch._foreach_zero_(missing)
+        if found:
+            torch._foreach_copy_([view for view, _ in found], [g for _, g in found])
 
     def _launch_averaging(self) -> None:
-        """Send the local model and g_k, each owner adding the error of its shard."""
+        """Send the local model and g_k, each server adding the error of its shard."""
         if self._mean is None:
             self._mean = _Mean(self.bucket, self._context)
         torch._foreach_copy_(self._mean.models.views, [p.data for p in self.bucket.parameters])
         self._mean.gradients.copy_(self._direction.flat)
         begin, end = self._exchange.span
         self._mean.gradients[begin:end].add_(self._exchange.error, alpha=self._context.comm.size)
-        self._mean.ring.launch()
+        self._mean.allreduce.launch()
         self._averaging = True
 
     def next_round(self) -> None:
@@ -184,49 +144,89 @@ class _LIECState(GradientState):
             self._exchange.next_round()
 
     def finish(self) -> list[Tensor]:
+        d = self._direction.flat
         if self._averaging:
             self._finish_averaging()
         else:
             self._exchange.wait()
-        begin = time.perf_counter()
-        d = self._direction.flat
-        if not self._averaging:
             self._exchange.subtract_sent(d)
             self._exchange.add_aggregate(d, 1.0)
         self._carried, self._averaging = None, False
-        scale = self._loss_scale * (1 if self._context.averages else self._context.comm.size)
+        scale = self._loss_scale * self._context.sum_factor
         if scale != 1.0:
             d.mul_(scale)
         if self._out is not self._direction:
             self._out.flat.copy_(d)
-        self._context.recorder.decode_seconds(time.perf_counter() - begin)
-        return [view.detach() for view in self._out.views]  # whose memory the user may exchange: p.grad.data = ...
+        return [view.detach() for view in self._out.views]  # the user may give them other memory: p.grad.data = ...
 
     def _finish_averaging(self) -> None:
-        begin = time.perf_counter()
         assert self._mean is not None
-        self._mean.ring.wait()
-        self._context.recorder.wait_seconds(time.perf_counter() - begin)
+        self._mean.allreduce.wait()
         with torch.no_grad():
             torch._foreach_copy_([p.data for p in self.bucket.parameters], self._mean.models.views)
         self._direction.flat.copy_(self._mean.gradients)
-        self._exchange.error.zero_()
+        self._exchange.clear_server_error()
+
+    def discard_step(self) -> None:
+        """Return at once: nothing is accumulated before ``start``."""
+
+    def drain(self) -> None:
+        if self._averaging and self._mean is not None:
+            self._mean.allreduce.wait()
+        else:
+            self._exchange.drain()
+        self._averaging = False
+
+    # -- points and residual -----------------------------------------------------------------------------
 
     def shared_point(self, comm: Communicator) -> Optional[Tensor]:
-        """The mean of the local models."""
+        """Return the mean of the local models."""
         if comm.size == 1:
             return None
-        return comm.allreduce(self.parameters_now(), f"{self.bucket.name}.models")
+        return comm.allreduce(self.bucket.copy_of_params(), f"{self.bucket.name}.models")
 
-    def debt(self) -> Optional[Tensor]:
-        debt = self._exchange.owed()
+    def pending_buffer(self) -> FlatBuffer:
+        if self._carried is None:
+            self._carried = self.bucket.flat_buffer(self.bucket.state_dtype)
+        return self._carried
+
+    def residual_vector(self) -> Optional[Tensor]:
+        error = self._exchange.error
+        return error if self._carried is None else torch.cat((error, self._carried.flat))
+
+    def pending_gradient(self) -> Optional[Tensor]:
+        pending = self._exchange.server_pending()
         if self._carried is not None:
-            debt.add_(self._carried.flat)
-        return debt if self._context.averages else debt.mul_(self._context.comm.size)
+            pending.add_(self._carried.flat)
+        return pending.mul_(self._context.sum_factor)
 
-    def forgive(self) -> None:
-        self._exchange.error.zero_()
+    def clear_residual(self) -> None:
+        self._exchange.clear_server_error()
         self._carried = None
+
+    # -- checkpoints -------------------------------------------------------------------------------------
+
+    def buffers(self) -> dict[str, FlatBuffer]:
+        self.bucket.ensure_params_in(self._local)
+        carried = {"carried": self._carried} if self._carried is not None else {}
+        return {**carried, "server": self._exchange.server_error(), "local": self._local}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        if "buffers" in saved:
+            self._carried = None
+            if "carried" in saved["buffers"]:
+                self.pending_buffer()
+        super().load_state_dict(saved)
+
+    def restore(self, parts: Mapping[str, SavedParameter], own: bool) -> set[str]:
+        taken = super().restore(parts, own)
+        self.bucket.ensure_params_in(self._local)
+        for name, view in zip(self.bucket.layout.names, self._local.views):
+            part = parts.get(name, SavedParameter())
+            if own and part.shared is None and part.local is not None:
+                require_same_shape(name, part.local, view)
+                view.copy_(part.local)
+        return taken
 
 
 class _Mean:
@@ -236,4 +236,4 @@ class _Mean:
         total = bucket.layout.total
         buffer = torch.zeros(2 * total, dtype=bucket.state_dtype, device=bucket.device)
         self.models, self.gradients = bucket.flat_buffer(bucket.state_dtype, buffer[:total]), buffer[total:]
-        self.ring = FlatAllreduce(buffer, "mean", bucket, context, averages=True)
+        self.allreduce = FlatAllreduce(buffer, f"{bucket.name}.mean", bucket, context, average=True)

@@ -1,26 +1,24 @@
-"""Which parameters are compressed how: by size, dimensions, name or parameter group."""
+"""A choice of algorithm for each parameter: by size, dimensions, name or parameter group."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Mapping, Optional, Sequence, Union
+from typing import Any, Mapping, Optional, Sequence, Union, cast
 
 from hvd_compress import validation
-from hvd_compress.algorithms.base import Algorithm
-from hvd_compress.algorithms.bucket_state import State
+from hvd_compress.algorithms.base import Algorithm, BucketAlgorithm
 from hvd_compress.algorithms.dense import Dense
 from hvd_compress.algorithms.detached_ef import dense_on_updates
-from hvd_compress.bucket import Bucket, ParamEntry
+from hvd_compress.bucket import ParamEntry
 from hvd_compress.comm.communicator import Communicator
-from hvd_compress.exchange import Context
 
 Choices = Union[Mapping[Any, Algorithm], Sequence[tuple[Any, Algorithm]]]
 
 
 @dataclass(frozen=True)
 class Policy(Algorithm):
-    """Several algorithms in one optimizer, chosen per parameter; the first rule that applies wins.
+    """A plan of several algorithms in one optimizer, chosen per parameter; the first rule that applies wins.
 
     1. ``patterns``: shell patterns on the parameter's name, in order;
     2. ``dense_below`` and ``dense_dims``: small tensors, and biases and norms (one dimension), go dense;
@@ -88,57 +86,55 @@ class Policy(Algorithm):
             )
 
     @property
-    def _patterns(self) -> tuple[tuple[str, Algorithm], ...]:
-        return self.patterns  # type: ignore[return-value]
+    def _patterns(self) -> Sequence[tuple[str, Algorithm]]:
+        return cast("Sequence[tuple[str, Algorithm]]", self.patterns)
+
+    @property
+    def _groups(self) -> Sequence[tuple[int, Algorithm]]:
+        return cast("Sequence[tuple[int, Algorithm]]", self.groups)
 
     @property
     def _algorithms(self) -> tuple[Algorithm, ...]:
         return (self.default, *(a for _, a in (*self._patterns, *self._groups)))
 
     @property
-    def _groups(self) -> tuple[tuple[int, Algorithm], ...]:
-        return self.groups  # type: ignore[return-value]
-
-    @property
-    def exchanges_updates(self) -> bool:  # type: ignore[override]
+    def exchanges_updates(self) -> bool:
         return self.default.exchanges_updates
 
     @property
-    def local_steps(self) -> int:  # type: ignore[override]
+    def local_steps(self) -> int:
         return self.default.local_steps
 
     @property
-    def clip_norm(self) -> Optional[float]:  # type: ignore[override]
+    def clip_norm(self) -> Optional[float]:
         return self.default.clip_norm
 
     @property
-    def gathers(self) -> bool:
-        return any(a.gathers for a in self._algorithms)
+    def allreduce_only(self) -> bool:
+        return all(a.allreduce_only for a in self._algorithms)
 
     @property
-    def local_models(self) -> bool:  # type: ignore[override]
+    def local_models(self) -> bool:
         return any(a.local_models for a in self._algorithms)
 
-    def choose(self, entry: ParamEntry) -> Algorithm:
+    def choose(self, entry: ParamEntry) -> BucketAlgorithm:
         parameter = entry.parameter
         for pattern, algorithm in self._patterns:
             if fnmatchcase(entry.name, pattern):
-                return self._kindred(algorithm).choose(entry)
+                return self._choose_of(algorithm, entry)
         if parameter.numel() < self.dense_below or parameter.dim() <= self.dense_dims:
-            return self._kindred(Dense())
+            return self._choose_of(Dense(), entry)
         for index, algorithm in self._groups:
             if entry.group == index:
-                return self._kindred(algorithm).choose(entry)
+                return self._choose_of(algorithm, entry)
         return self.default.choose(entry)
 
-    def _kindred(self, algorithm: Algorithm) -> Algorithm:
+    def _choose_of(self, algorithm: Algorithm, entry: ParamEntry) -> BucketAlgorithm:
+        """Return what ``algorithm`` chooses; ``Dense`` among algorithms of updates averages updates."""
         if isinstance(algorithm, Dense) and self.exchanges_updates:
             return dense_on_updates(self.local_steps, algorithm.compressor)
-        return algorithm
+        return algorithm.choose(entry)
 
     def check(self, comm: Communicator) -> None:
         for algorithm in self._algorithms:
             algorithm.check(comm)
-
-    def attach(self, bucket: Bucket, context: Context) -> State:
-        raise TypeError("Policy chooses algorithms; it has no state of its own")

@@ -1,4 +1,4 @@
-"""One pass over x, e and z: what the local step subtracted joins the residual, and z moves to its new place.
+"""One fused pass over x, e and z: the local update joins the residual, and z moves to its next point.
 
 All three are as long as the model, so memory traffic is the cost: the vectors are cut in tiles that stay in
 a processor's cache from the first operation to the last (read x, e, z; write e, z; nothing else touches
@@ -21,8 +21,8 @@ TILE = 2**16
 Coefficient = Union[float, Tensor]
 
 
-def stand(x: Tensor, e: Tensor, coefficient: Coefficient, out: Tensor) -> None:
-    """``out = x - coefficient * e``, rounded to ``out``'s dtype."""
+def detached_point(x: Tensor, e: Tensor, coefficient: Coefficient, out: Tensor) -> None:
+    """Write ``x - coefficient * e``, rounded to ``out``'s dtype, into ``out``."""
     if isinstance(coefficient, Tensor):
         out.copy_(torch.addcmul(x, e, coefficient, value=-1))
     elif coefficient == 0.0:
@@ -35,8 +35,8 @@ def stand(x: Tensor, e: Tensor, coefficient: Coefficient, out: Tensor) -> None:
         out.copy_(torch.sub(x, e, alpha=coefficient))
 
 
-class Folder:
-    """Folds three flat vectors of equal length: x and e in float32 (or float64), z in the parameters' dtype."""
+class ResidualUpdate:
+    """The fused pass over flat vectors of equal length: x and e in float32 (or float64), z in the parameters' dtype."""
 
     def __init__(self, x: Tensor, e: Tensor, z: Tensor) -> None:
         self._vectors = (x, e, z)
@@ -44,26 +44,25 @@ class Folder:
         tile = TILE if x.device.type == "cpu" else max(1, x.numel())
         self._tiles = list(zip(torch.split(x, tile), torch.split(e, tile), torch.split(z, tile)))
         n = min(tile, x.numel())
-        self._moved = x.new_empty(n)
-        self._stood = self._moved if z.dtype == x.dtype else z.new_empty(n)
+        self._update = x.new_empty(n)
+        self._before = self._update if z.dtype == x.dtype else z.new_empty(n)
 
-    def fold(self, placed: Coefficient, coefficient: Coefficient, decay: float = 1.0) -> None:
-        """``u = (x - placed * e) - z;  e = decay * e + u;  z = x - coefficient * e``.
+    def apply(self, placed: Coefficient, coefficient: Coefficient, factor: float = 1.0) -> None:
+        """Compute ``u = (x - placed * e) - z;  e = factor * e + u;  z = x - coefficient * e``.
 
         ``x - placed * e`` is recomputed exactly as it was when z was placed, rounding included, so u is
         what the wrapped optimizer subtracted and nothing else.
         """
         if self._native and not isinstance(placed, Tensor) and not isinstance(coefficient, Tensor):
-            native.fold(*self._vectors, placed, coefficient, decay)
+            native.fold(*self._vectors, placed, coefficient, factor)
             return
         for x, e, z in self._tiles:
-            n = x.numel()
-            moved, stood = self._moved[:n], self._stood[:n]
-            stand(x, e, placed, stood)
-            if stood.dtype != moved.dtype:
-                moved.copy_(stood)
-            moved.sub_(z)
-            if decay != 1.0:
-                e.mul_(decay)
-            e.add_(moved)
-            stand(x, e, coefficient, z)
+            update, before = self._update[: x.numel()], self._before[: x.numel()]
+            detached_point(x, e, placed, before)
+            if before.dtype != update.dtype:
+                update.copy_(before)
+            update.sub_(z)
+            if factor != 1.0:
+                e.mul_(factor)
+            e.add_(update)
+            detached_point(x, e, coefficient, z)

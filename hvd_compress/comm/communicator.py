@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import time
 from collections import Counter
-from typing import Any, Callable, Optional
+from typing import Any, Callable, Iterator, NamedTuple, Optional
 
 import horovod.torch as hvd
 import torch
@@ -20,32 +21,55 @@ horovod_optimizer = hvd.DistributedOptimizer
 
 HorovodInternalError = hvd.HorovodInternalError
 
-_communicators_opened: Counter[int] = Counter()
+RANKS_JOINED = (
+    "a rank has called hvd.join(), after which only an allreduce works: give all ranks the same number of steps, or "
+    "use an algorithm whose payloads are summed, such as EF or DEF with RandomBlock"
+)
+
+_opened: Counter[int] = Counter()
 
 
 def is_initialized() -> bool:
-    """True after ``hvd.init()``."""
+    """Return True after ``hvd.init()``."""
     return bool(hvd.is_initialized())
 
 
 def is_elastic() -> bool:
-    """True in a job started by elastic Horovod."""
+    """Return True in a job started by elastic Horovod."""
     return os.environ.get("HOROVOD_ELASTIC") == "1"
 
 
 def uses_mpi() -> bool:
-    """Whether this job's Horovod talks MPI, so that other MPI libraries can be used beside it."""
+    """Return True if this job's Horovod communicates by MPI, so that mpi4py can be used beside it."""
     return bool(hvd.mpi_enabled())
 
 
-class Handle:
-    """A collective under way; ``wait`` returns its result, which in-place collectives have also put in place."""
+class Reduction(NamedTuple):
+    """How ranks are combined, in Horovod's terms.
 
-    def __init__(self, handle: Optional[int], result: Any = None) -> None:
-        self._handle, self._result = handle, result
+    Attributes:
+        op: Average or Sum.
+        predivide: Horovod's ``gradient_predivide_factor``: divide by it before the sum, multiply after.
+    """
+
+    op: int = Average
+    predivide: float = 1.0
+
+
+class Handle:
+    """A collective that has been launched; in-place collectives also put the result into their tensor.
+
+    Args:
+        handle: Horovod's handle; None if the result is there already.
+        result: what ``wait`` returns in that case.
+        comm: the communicator that counts the seconds waited.
+    """
+
+    def __init__(self, handle: Optional[int] = None, result: Any = None, comm: Optional[Communicator] = None) -> None:
+        self._handle, self._result, self._comm = handle, result, comm
 
     def wait(self) -> Any:
-        """Block until done, leaving the processor to others meanwhile.
+        """Block until the collective is done, leaving the processor to others, and return its result.
 
         Raises:
             HorovodInternalError: if a peer has failed, or has called ``hvd.join()`` and this is no allreduce.
@@ -53,21 +77,18 @@ class Handle:
         if self._handle is None:
             return self._result
         handle, self._handle = self._handle, None
-        # hvd.synchronize spins; ranks that share a core, and Horovod's own thread, would be slowed down.
-        pause = 2e-5
-        while not hvd.poll(handle):
-            time.sleep(pause)
-            pause = min(pause * 1.5, 2e-4)
-        try:
-            self._result = hvd.synchronize(handle)
-        except HorovodInternalError as error:
-            if "join" not in str(error).lower():
-                raise
-            raise HorovodInternalError(
-                f"{error} (rank {hvd.rank()}). A rank has called hvd.join(), after which only an allreduce works: "
-                "give all ranks the same number of steps, or use an algorithm whose payloads are summed, such as "
-                "EF or DEF with RandomBlock. What this step was to send is held back, not lost"
-            ) from error
+        with self._comm.waiting() if self._comm is not None else contextlib.nullcontext():
+            # hvd.synchronize spins, which slows down ranks that share a core and Horovod's own thread.
+            pause = 2e-5
+            while not hvd.poll(handle):
+                time.sleep(pause)
+                pause = min(pause * 1.5, 2e-4)
+            try:
+                self._result = hvd.synchronize(handle)
+            except HorovodInternalError as error:
+                if "join" not in str(error).lower():
+                    raise
+                raise HorovodInternalError(f"{error} (rank {hvd.rank()}): {RANKS_JOINED}") from error
         return self._result
 
 
@@ -76,18 +97,20 @@ class Communicator:
 
     Attributes:
         process_set: Horovod's process set.
-        ordinal: how many links of this process set were opened before.
-        sent: bytes this rank has put on the payload, by the volume formulas of ring algorithms.
+        ordinal: how many communicators of this process set were opened before.
+        bytes_sent: bytes that this rank has sent, by the volume formulas of ring algorithms.
+        seconds_waited: time that this rank has spent blocked in collectives.
     """
 
     def __init__(self, process_set: Any) -> None:
         self.process_set = process_set
-        self.sent = 0.0
+        self.bytes_sent = 0.0
+        self.seconds_waited = 0.0
         # Every member builds its optimizers in the same order, so a count per process set names them alike.
         key = process_set.process_set_id or 0
-        self.ordinal = _communicators_opened[key]
+        self.ordinal = _opened[key]
         self._prefix = f"hvd_compress.{self.ordinal}"
-        _communicators_opened[key] += 1
+        _opened[key] += 1
 
     @property
     def member(self) -> bool:
@@ -96,7 +119,7 @@ class Communicator:
 
     @property
     def size(self) -> int:
-        """Ranks in the process set (may change in an elastic job)."""
+        """Number of ranks in the process set (may change in an elastic job)."""
         return int(self.process_set.size())
 
     @property
@@ -109,58 +132,70 @@ class Communicator:
         """The members' ranks in the whole job, in order."""
         return list(self.process_set.ranks or range(hvd.size()))
 
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the time spent inside as waiting for other ranks."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds_waited += time.perf_counter() - begin
+
     def allreduce_async(
         self, tensor: Tensor, name: str, op: int = Average, prescale: float = 1.0, postscale: float = 1.0
     ) -> Handle:
-        """Sum or average ``tensor`` (contiguous; int32, int64, float16/32/64) over ranks, in place."""
+        """Start to sum or average ``tensor`` (contiguous; int32, int64, float16/32/64) over ranks, in place."""
         if self.size == 1:
             if prescale * postscale != 1.0:
                 tensor.mul_(prescale * postscale)
-            return Handle(None)
-        self.sent += 2 * (self.size - 1) / self.size * tensor.numel() * tensor.element_size()
-        return Handle(
-            hvd.allreduce_async_(
-                tensor,
-                name=f"{self._prefix}.{name}",
-                op=op,
-                prescale_factor=prescale,
-                postscale_factor=postscale,
-                process_set=self.process_set,
-            )
+            return Handle()
+        self.bytes_sent += 2 * (self.size - 1) / self.size * tensor.numel() * tensor.element_size()
+        handle = hvd.allreduce_async_(
+            tensor,
+            name=f"{self._prefix}.{name}",
+            op=op,
+            prescale_factor=prescale,
+            postscale_factor=postscale,
+            process_set=self.process_set,
         )
+        return Handle(handle, comm=self)
 
     def allreduce(self, tensor: Tensor, name: str, op: int = Average) -> Tensor:
-        """Blocking ``allreduce_async``; returns ``tensor``."""
+        """Sum or average ``tensor`` over ranks, in place, and return it."""
         self.allreduce_async(tensor, name, op).wait()
         return tensor
 
     def any_rank(self, flag: bool) -> bool:
-        """Whether ``flag`` is True on any rank (blocking; one number)."""
+        """Return whether ``flag`` is True on any rank (blocking; one number)."""
         return bool(self.allreduce(torch.tensor([int(flag)], dtype=torch.int32), "any", Sum).item())
 
     def allgather_async(self, tensor: Tensor, name: str) -> Handle:
-        """Concatenate the ranks' tensors (any dtype but bfloat16) along the first dimension, in rank order."""
+        """Start to concatenate the ranks' tensors (any dtype but bfloat16) along the first dimension, in rank order."""
         if self.size == 1:
-            return Handle(None, tensor)
-        self.sent += (self.size - 1) * tensor.numel() * tensor.element_size()
-        return Handle(hvd.allgather_async(tensor, name=f"{self._prefix}.{name}", process_set=self.process_set))
+            return Handle(result=tensor)
+        self.bytes_sent += (self.size - 1) * tensor.numel() * tensor.element_size()
+        handle = hvd.allgather_async(tensor, name=f"{self._prefix}.{name}", process_set=self.process_set)
+        return Handle(handle, comm=self)
 
     def allgather(self, tensor: Tensor, name: str) -> Tensor:
-        """Blocking ``allgather_async``."""
+        """Concatenate the ranks' tensors along the first dimension, in rank order."""
         result: Tensor = self.allgather_async(tensor, name).wait()
         return result
 
     def alltoall_async(self, tensor: Tensor, splits: Tensor, name: str) -> Handle:
-        """Send ``splits[j]`` (int32, on the host) elements to rank j; gives (received, in rank order; their splits)."""
+        """Start to send ``splits[j]`` (int32, on the host) elements of ``tensor`` to each rank j.
+
+        The handle's result is (received, concatenated in rank order; number of elements from each rank).
+        """
         if self.size == 1:
-            return Handle(None, (tensor, splits))
-        kept = int(splits[self.rank])
-        self.sent += (tensor.numel() - kept) * tensor.element_size()
+            return Handle(result=(tensor, splits))
+        own = int(splits[self.rank])
+        self.bytes_sent += (tensor.numel() - own) * tensor.element_size()
         handle = hvd.alltoall_async(tensor, splits, name=f"{self._prefix}.{name}", process_set=self.process_set)
-        return Handle(handle)
+        return Handle(handle, comm=self)
 
     def gather_objects(self, value: Any, name: str) -> list[Any]:
-        """Every rank's ``value`` (picklable), in rank order, on every rank."""
+        """Return every rank's ``value`` (picklable), in rank order, on every rank."""
         if self.size == 1:
             return [value]
         data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
@@ -169,13 +204,18 @@ class Communicator:
         return [pickle.loads(part.numpy().tobytes()) for part in parts]
 
     def sparse_allreduce_async(self, tensor: Tensor, name: str, op: int) -> Callable[[], Tensor]:
-        """Sum or average sparse COO tensors by allgather; call the result to wait for it."""
+        """Start to sum or average sparse COO tensors by allgather; call the result to wait for the aggregate."""
         if self.size == 1:
             return lambda: tensor
         tensor = tensor.coalesce()
         nbytes = tensor.indices().numel() * 8 + tensor.values().numel() * tensor.values().element_size()
-        self.sent += (self.size - 1) * nbytes
-        wait: Callable[[], Tensor] = hvd.sparse_allreduce_async(
+        self.bytes_sent += (self.size - 1) * nbytes
+        finish: Callable[[], Tensor] = hvd.sparse_allreduce_async(
             tensor, name=f"{self._prefix}.{name}", op=op, process_set=self.process_set
         )
+
+        def wait() -> Tensor:
+            with self.waiting():
+                return finish()
+
         return wait

@@ -1,6 +1,6 @@
 """Trees of pairwise messages: log2(P) rounds, any number of ranks. The only file that imports ``mpi4py``.
 
-They run beside Horovod in one job, in a communicator of their own. Horovod's background thread calls MPI too,
+They run beside Horovod in one job, in an MPI communicator of their own. Horovod's background thread calls MPI too,
 so MPI must have been initialised for several threads, which Horovod does.
 """
 
@@ -47,55 +47,63 @@ def require(owner: str, comm: Communicator) -> None:
 
 
 class Tree:
-    """Pairwise exchanges among the ranks of one comm.
+    """Pairwise exchanges among the ranks of one process set.
 
     Attributes:
         size: number of ranks.
-        rank: this one.
+        rank: this rank.
     """
 
     def __init__(self, comm: Communicator) -> None:
         self._comm, self.size, self.rank = comm, comm.size, comm.rank
 
     @functools.cached_property
-    def _comm(self) -> Any:
-        """Made at the first message, not before: all ranks must take part, and one rank alone may load a state."""
+    def _mpi(self) -> Any:
+        """Create the MPI communicator, at the first message: all ranks must take part in that."""
         from mpi4py import MPI
 
         world = MPI.COMM_WORLD
         return world.Create_group(world.Get_group().Incl(self._comm.global_ranks), tag=self._comm.ordinal)
 
     def _send(self, data: Array, to: int) -> None:
-        self._comm.Send(data, dest=to)
-        self._comm.sent += data.nbytes
+        with self._comm.waiting():
+            self._mpi.Send(data, dest=to)
+        self._comm.bytes_sent += data.nbytes
+
+    def _receive(self, data: Array, source: int) -> None:
+        with self._comm.waiting():
+            self._mpi.Recv(data, source=source)
+
+    def _swap(self, data: Array, other: Array, partner: int) -> None:
+        with self._comm.waiting():
+            self._mpi.Sendrecv(data, dest=partner, recvbuf=other, source=partner)
+        self._comm.bytes_sent += data.nbytes
 
     def allreduce(self, values: Array) -> None:
-        """Sum over ranks, in place: log2(P) rounds in which each rank sends everything once.
+        """Sum ``values`` over ranks, in place: log2(P) rounds in which each rank sends everything once.
 
         In every round both partners add the same two numbers, so all ranks get the same bits. Ranks beyond
-        the largest power of two lend their values to a partner first, and get the result from it.
+        the largest power of two add their values to a partner's first, and get the result from it.
         """
         other = np.empty_like(values)
         core = 1 << (self.size.bit_length() - 1)
         if self.rank >= core:
             self._send(values, self.rank - core)
-            self._comm.Recv(values, source=self.rank - core)
+            self._receive(values, self.rank - core)
             return
         if self.rank + core < self.size:
-            self._comm.Recv(other, source=self.rank + core)
+            self._receive(other, self.rank + core)
             values += other
         distance = 1
         while distance < core:
-            partner = self.rank ^ distance
-            self._comm.Sendrecv(values, dest=partner, recvbuf=other, source=partner)
-            self._comm.sent += values.nbytes
+            self._swap(values, other, self.rank ^ distance)
             values += other
             distance *= 2
         if self.rank + core < self.size:
             self._send(values, self.rank + core)
 
     def reduce(self, message: Array, merge: Callable[[Array, Array], Array]) -> Array:
-        """Fold the ranks' messages, all of one size, in a binomial tree; every rank gets the outcome.
+        """Merge the ranks' messages, all of one size, in a binomial tree; every rank gets the outcome.
 
         Args:
             message: bytes of this rank.
@@ -108,13 +116,13 @@ class Tree:
                 break
             if self.rank + distance < self.size:
                 other = np.empty_like(message)
-                self._comm.Recv(other, source=self.rank + distance)
+                self._receive(other, self.rank + distance)
                 message = merge(message, other)
             distance *= 2
         return self._broadcast(message)
 
     def _broadcast(self, message: Array) -> Array:
-        """The message of rank 0, by the same tree backwards."""
+        """Send the message of rank 0 to all ranks, by the same tree backwards."""
         distance = 1
         while distance < self.size:
             distance *= 2
@@ -122,7 +130,7 @@ class Tree:
         while distance > 1:
             half = distance // 2
             if self.rank % distance == half:
-                self._comm.Recv(result, source=self.rank - half)
+                self._receive(result, self.rank - half)
             elif self.rank % distance == 0 and self.rank + half < self.size:
                 self._send(result, self.rank + half)
             distance = half

@@ -1,4 +1,4 @@
-"""Automatic mixed precision: whose loss scale are these gradients multiplied with, and did any rank overflow?
+"""Automatic mixed precision: the GradScaler that has scaled these gradients, and overflows on any rank.
 
 ``GradScaler`` tells an optimizer nothing before ``scaler.step``, but a residual must meet the gradients, in
 unscaled units, in ``synchronize()``. So ``GradScaler.scale`` is observed: a hook on the scaled loss notes
@@ -34,7 +34,7 @@ def _enter(scaler: Any) -> None:
 
 
 def watch() -> None:
-    """Begin to observe ``GradScaler.scale`` (once per process)."""
+    """Start to observe ``GradScaler.scale`` (once per process)."""
     if getattr(_GradScaler.scale, "_hvd_compress", False):
         return
     original = _GradScaler.scale
@@ -53,12 +53,12 @@ def watch() -> None:
 
 
 def running_scaler() -> Optional[Any]:
-    """The scaler whose scaled loss is being differentiated right now, or None."""
+    """Return the scaler whose scaled loss is being differentiated right now, or None."""
     return _running
 
 
 def loss_scale(scaler: Any, optimizer: torch.optim.Optimizer) -> float:
-    """What the optimizer's gradients are multiplied with now: 1 once ``scaler.unscale_`` has run."""
+    """Return the present scale of the optimizer's gradients: 1 once ``scaler.unscale_`` has run."""
     state = scaler._per_optimizer_states[id(optimizer)]
     unscaled = getattr(state["stage"], "name", "READY") != "READY"
     return 1.0 if unscaled else float(scaler.get_scale())
@@ -71,7 +71,7 @@ def mark_overflow(scaler: Any, optimizer: torch.optim.Optimizer) -> None:
 
 
 def overflowed(parameters: Iterable[Parameter]) -> bool:
-    """Whether any gradient holds an infinity or nan (one host synchronisation per device)."""
+    """Return whether any gradient holds an infinity or nan (one host synchronisation per device)."""
     per_device: dict[torch.device, Tensor] = {}
     for gradient in (p.grad for p in parameters if p.grad is not None):
         values = gradient._values() if gradient.is_sparse else gradient

@@ -1,40 +1,26 @@
-"""How payloads travel: one kind of exchange per file, chosen by how a compressor's payloads combine."""
+"""How payloads travel: one kind of exchange per file, chosen by the type of a compressor's codec."""
 
-from hvd_compress.bucket import Bucket
-from hvd_compress.compressors import Combine, Compressor, Warmup
 from hvd_compress.exchange.allgather import AllgatherExchange
 from hvd_compress.exchange.allreduce import AllreduceExchange
-from hvd_compress.exchange.base import Context, Exchange, Reduction, require_countable
+from hvd_compress.exchange.base import Context, Exchange, require_countable
 from hvd_compress.exchange.flat_allreduce import FlatAllreduce
 from hvd_compress.exchange.multi_round import MultiRoundExchange
-from hvd_compress.exchange.schedule import StagedExchange
+from hvd_compress.exchange.schedule import ExchangeSchedule, one_way_exchange
 from hvd_compress.exchange.sharded_server import ShardedServerExchange
+from hvd_compress.exchange.sketch import SketchExchange
+from hvd_compress.exchange.topk_tree import TopKTreeExchange
 
 __all__ = [
+    "AllgatherExchange",
+    "AllreduceExchange",
     "Context",
     "Exchange",
-    "AllgatherExchange",
-    "MultiRoundExchange",
-    "Reduction",
+    "ExchangeSchedule",
     "FlatAllreduce",
-    "StagedExchange",
-    "AllreduceExchange",
+    "MultiRoundExchange",
     "ShardedServerExchange",
-    "exchange_for",
+    "SketchExchange",
+    "TopKTreeExchange",
+    "one_way_exchange",
     "require_countable",
 ]
-
-
-def exchange_for(bucket: Bucket, compressor: Compressor, context: Context, tail: int = 0) -> Exchange:
-    """The one-way exchange that the compressor's payloads need; allocates its buffers.
-
-    Args:
-        tail: number of scalars to be averaged besides (only where payloads are summed).
-    """
-    if isinstance(compressor, Warmup):
-        return StagedExchange(bucket, compressor, context, lambda b, c: exchange_for(b, c, context))
-    if compressor.combine is Combine.SUM:
-        return AllreduceExchange(bucket, compressor, context, tail)
-    if compressor.combine is Combine.GATHER:
-        return AllgatherExchange(bucket, compressor, context)
-    return MultiRoundExchange(bucket, compressor, context)

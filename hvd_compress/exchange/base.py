@@ -1,9 +1,8 @@
-"""What an exchange is: how the payload of one bucket travels and comes back as an aggregate over ranks."""
+"""The interface of an exchange: how the payload of one bucket travels and comes back as an aggregate over ranks."""
 
 from __future__ import annotations
 
 import abc
-import time
 from typing import Any, Callable, NamedTuple, Optional, Sequence
 
 import torch
@@ -11,21 +10,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from hvd_compress.bucket import Bucket, FlatBuffer
-from hvd_compress.comm.communicator import Average, Communicator
+from hvd_compress.comm.communicator import Average, Communicator, Reduction
 from hvd_compress.compressors.base import pieces
-from hvd_compress.telemetry import Recorder
-
-
-class Reduction(NamedTuple):
-    """How ranks are combined, in Horovod's terms.
-
-    Attributes:
-        op: Average or Sum.
-        predivide: Horovod's ``gradient_predivide_factor``: divide by it before the sum, multiply after.
-    """
-
-    op: int = Average
-    predivide: float = 1.0
 
 
 def _stateless(parameter: Parameter) -> dict[str, Any]:
@@ -36,18 +22,19 @@ class Context(NamedTuple):
     """What the optimizer lends to the state of a bucket and to its exchange.
 
     Attributes:
-        state_of: the wrapped optimizer's state of a parameter, as it is now (may be empty).
+        comm: collectives of the optimizer's process set.
+        reduction: op and predivide factor of the aggregate.
+        optimizer_state: returns the wrapped optimizer's state of a parameter, as it is now (may be empty).
     """
 
     comm: Communicator
-    reduction: Reduction
-    recorder: Recorder
-    state_of: Callable[[Parameter], dict[str, Any]] = _stateless
+    reduction: Reduction = Reduction()
+    optimizer_state: Callable[[Parameter], dict[str, Any]] = _stateless
 
     @property
-    def averages(self) -> bool:
-        """Whether the aggregate is the ranks' mean (else their sum)."""
-        return bool(self.reduction.op == Average)
+    def sum_factor(self) -> int:
+        """What a mean over ranks is multiplied with to be the aggregate: 1 for Average, the number of ranks for Sum."""
+        return 1 if self.reduction.op == Average else self.comm.size
 
 
 def require_countable(bucket: Bucket, what: str, count: int) -> None:
@@ -65,14 +52,19 @@ def require_countable(bucket: Bucket, what: str, count: int) -> None:
 
 
 class Exchange(abc.ABC):
-    """One-way compression: every rank sends its payload, every rank gets the aggregate.
+    """The exchange of one bucket: every rank sends a payload, every rank gets the aggregate.
 
-    A step calls ``begin``, ``encode``, ``launch``, ``answer``, ``wait``, then what it needs of the rest. Until ``wait``
-    has returned nothing has changed but buffers of the exchange: a failed collective loses nothing.
+    A step calls ``set_step``, ``encode``, ``launch``, ``next_round``, ``wait``, and then ``subtract_sent`` and
+    ``add_aggregate`` (or ``write_aggregate``). Until ``wait`` has returned nothing has changed but buffers of the
+    exchange itself, so that a failed collective loses nothing.
+
+    Args:
+        name: start of the names of its collectives; by default the bucket's name.
     """
 
-    def __init__(self, bucket: Bucket, context: Context) -> None:
+    def __init__(self, bucket: Bucket, context: Context, name: str = "") -> None:
         self.bucket, self.context = bucket, context
+        self.name = name or bucket.name
         self._aggregate: Optional[Tensor] = None
 
     @abc.abstractmethod
@@ -81,44 +73,38 @@ class Exchange(abc.ABC):
 
     @abc.abstractmethod
     def encode(self, flat: Tensor) -> None:
-        """Form this rank's payload of ``flat``, which must stay as it is until ``wait`` has returned."""
+        """Form this rank's payload of ``flat``, which must not change until ``wait`` has returned."""
 
     @abc.abstractmethod
     def launch(self) -> None:
-        """Send the payload."""
+        """Start to send the payload."""
 
     def next_round(self) -> None:  # noqa: B027
-        """All buckets have been launched: take what has arrived and send what depends on it, if there are rounds."""
+        """Take what has arrived and send what depends on it; called once all buckets have been launched."""
 
+    @abc.abstractmethod
     def wait(self) -> None:
-        """Wait until the aggregate is there.
+        """Wait until the aggregate has arrived.
 
         Raises:
             HorovodInternalError: if a peer has failed.
         """
-        begin = time.perf_counter()
-        self.receive()
-        self.context.recorder.wait_seconds(time.perf_counter() - begin)
 
     def drain(self) -> None:
-        """Wait for what has been launched and make no use of it."""
+        """Wait for what has been launched, on all ranks, and make no use of it."""
         self.next_round()
-        self.receive()
-
-    @abc.abstractmethod
-    def receive(self) -> None:
-        """``wait``, without the clock."""
+        self.wait()
 
     @abc.abstractmethod
     def subtract_sent(self, residual: Tensor) -> None:
-        """``residual -=`` what this rank has given away: it is no longer owed."""
+        """Subtract what this rank has sent from ``residual``."""
 
     @abc.abstractmethod
     def add_aggregate(self, target: Tensor, alpha: float) -> None:
-        """``target += alpha *`` the aggregate; the same bits on every rank."""
+        """Add ``alpha`` times the aggregate to ``target``; the same bits on every rank."""
 
     def write_aggregate(self, tensors: Sequence[Tensor], scale: float = 1.0) -> None:
-        """Write ``scale *`` the aggregate into a bucket's flattened tensors, which hold zeros."""
+        """Write ``scale`` times the aggregate into the bucket's flattened tensors, which hold zeros."""
         layout = self.bucket.layout
         if self._aggregate is None:
             self._aggregate = torch.zeros(layout.total, dtype=self.bucket.state_dtype, device=self.bucket.device)
@@ -128,9 +114,37 @@ class Exchange(abc.ABC):
         torch._foreach_copy_(list(tensors), list(pieces(self._aggregate, layout.numels)))
 
     def clear(self, flat: Tensor) -> None:
-        """Set the coordinates that this rank has sent to zero (compressors that select coordinates)."""
+        """Set the coordinates that this rank has sent to zero in ``flat`` (compressors that select coordinates)."""
         raise NotImplementedError(f"{type(self).__name__} does not know which coordinates were sent")
 
     def warm_start(self) -> dict[str, FlatBuffer]:
-        """What the compressor carries from step to step, the same on every rank, by kind."""
+        """Return what the compressor carries from step to step, the same on every rank, by kind."""
         return {}
+
+    # -- exchanges with a server that compresses the aggregate again and keeps an error of its own ---------------
+
+    def server_error(self) -> Optional[FlatBuffer]:
+        """Return the error that this rank keeps as the server of its shard, or None if there is no server."""
+        return None
+
+    def server_pending(self) -> Optional[Tensor]:
+        """Return a new flat vector whose mean over ranks is what the servers have not sent yet, or None."""
+        return None
+
+    def rescale_server_error(self, factor: float) -> None:  # noqa: B027
+        """Multiply the server's error with ``factor``."""
+
+    def clear_server_error(self) -> None:  # noqa: B027
+        """Set the server's error to zero."""
+
+    def reshard(self) -> Optional[Tensor]:
+        """Cut new shards if the number of ranks has changed (elastic jobs).
+
+        Returns:
+            This rank's former server error, as a flat vector for it to add to its own residual; None if there is none.
+        """
+        return None
+
+    def at(self, step: int) -> Exchange:
+        """Return the exchange of ``step``: this one, as a schedule of one stage."""
+        return self

@@ -1,62 +1,48 @@
-"""Another exchange for each stage of a warm-up: payload sizes change, so names and buffers do."""
+"""The exchange in force at a step: one for each stage of a warm-up, as payload sizes, and so names, change."""
 
 from __future__ import annotations
 
-import copy
-from typing import Callable, Optional, Sequence
+from typing import Optional
 
-from torch import Tensor
-
-from hvd_compress.bucket import Bucket, FlatBuffer
-from hvd_compress.compressors import Compressor, Warmup
+from hvd_compress.bucket import Bucket
+from hvd_compress.compressors.base import Codec, Compressor, JointCodec, SummableCodec
+from hvd_compress.compressors.warmup import Warmup
+from hvd_compress.exchange.allgather import AllgatherExchange
+from hvd_compress.exchange.allreduce import AllreduceExchange
 from hvd_compress.exchange.base import Context, Exchange
+from hvd_compress.exchange.multi_round import MultiRoundExchange
 
 
-class StagedExchange(Exchange):
-    """The exchange of the stage in force; the one before is let go."""
+def one_way_exchange(bucket: Bucket, compressor: Compressor, context: Context, name: str = "") -> Exchange:
+    """Return the one-way exchange that the compressor's payloads need; allocates its buffers.
 
-    def __init__(
-        self, bucket: Bucket, compressor: Warmup, context: Context, make: Callable[[Bucket, Compressor], Exchange]
-    ) -> None:
-        super().__init__(bucket, context)
-        self._compressor, self._make = compressor, make
+    Args:
+        name: start of the names of its collectives; by default the bucket's name.
+    """
+    codec = compressor.codec(bucket.layout, bucket.state_dtype, bucket.device)
+    if isinstance(codec, SummableCodec):
+        return AllreduceExchange(bucket, codec, context, name)
+    if isinstance(codec, JointCodec):
+        return MultiRoundExchange(bucket, codec, context, name)
+    assert isinstance(codec, Codec)
+    return AllgatherExchange(bucket, codec, context, name)
+
+
+class ExchangeSchedule:
+    """The one-way exchanges of a bucket; that of a stage which is over is freed."""
+
+    def __init__(self, bucket: Bucket, compressor: Compressor, context: Context) -> None:
+        self._bucket, self._compressor, self._context = bucket, compressor, context
         self._stage: Optional[int] = None
-        self._enter(0)
+        self._exchange: Optional[Exchange] = None
 
-    def _enter(self, step: int) -> None:
-        stage = self._compressor.stage(step)
-        if stage != self._stage:
-            bucket = copy.copy(self.bucket)
-            bucket.name = f"{self.bucket.name}.stage{stage}"
-            self._stage, self._current = stage, self._make(bucket, self._compressor.at(step))
-
-    def set_step(self, step: int) -> None:
-        self._enter(step)
-        self._current.set_step(step)
-
-    def encode(self, flat: Tensor) -> None:
-        self._current.encode(flat)
-
-    def launch(self) -> None:
-        self._current.launch()
-
-    def next_round(self) -> None:
-        self._current.next_round()
-
-    def receive(self) -> None:
-        self._current.receive()
-
-    def subtract_sent(self, residual: Tensor) -> None:
-        self._current.subtract_sent(residual)
-
-    def add_aggregate(self, target: Tensor, alpha: float) -> None:
-        self._current.add_aggregate(target, alpha)
-
-    def write_aggregate(self, tensors: Sequence[Tensor], scale: float = 1.0) -> None:
-        self._current.write_aggregate(tensors, scale)
-
-    def clear(self, flat: Tensor) -> None:
-        self._current.clear(flat)
-
-    def warm_start(self) -> dict[str, FlatBuffer]:
-        return self._current.warm_start()
+    def at(self, step: int) -> Exchange:
+        """Return the exchange of ``step``: the same object as long as its stage lasts."""
+        compressor, name, stage = self._compressor, self._bucket.name, 0
+        if isinstance(compressor, Warmup):
+            stage, compressor = compressor.stage(step), compressor.at(step)
+            name = f"{name}.stage{stage}"
+        if self._exchange is None or stage != self._stage:
+            self._exchange = None  # frees the buffers of the last stage before the next allocates its own
+            self._stage, self._exchange = stage, one_way_exchange(self._bucket, compressor, self._context, name)
+        return self._exchange

@@ -13,7 +13,7 @@ from torch.nn import Parameter
 
 from hvd_compress import validation
 from hvd_compress.algorithms import Algorithm, Dense
-from hvd_compress.comm import communicator as collectives
+from hvd_compress.comm import communicator
 from hvd_compress.comm.communicator import Adasum, Average, Sum
 from hvd_compress.compressors import Cast, Compressor
 from hvd_compress.engine.bucketing import Groups
@@ -21,7 +21,7 @@ from hvd_compress.engine.bucketing import Groups
 
 def require_horovod() -> None:
     """Raise ValueError unless ``hvd.init()`` has been called."""
-    if not collectives.is_initialized():
+    if not communicator.is_initialized():
         raise ValueError("hvd_compress.DistributedOptimizer: Horovod has not been initialized; call hvd.init() first")
 
 
@@ -33,9 +33,9 @@ def algorithm_of(compression: Any) -> Algorithm:
     """
     if isinstance(compression, Algorithm):
         return compression
-    if compression is collectives.Compression.none:
+    if compression is communicator.Compression.none:
         return Dense()
-    if compression is collectives.Compression.fp16:
+    if compression is communicator.Compression.fp16:
         return Dense(Cast(torch.float16))
     if isinstance(compression, Compressor):
         raise ValueError(
@@ -46,6 +46,24 @@ def algorithm_of(compression: Any) -> Algorithm:
         f"DistributedOptimizer: compression={compression!r} is not allowed; it must be an algorithm of "
         "hvd_compress (Dense, EF, DEF, ...) or Horovod's Compression.none or Compression.fp16"
     )
+
+
+def adasum_compression(compression: Any) -> Any:
+    """Return Horovod's own compression for op=Adasum.
+
+    Raises:
+        ValueError: if ``compression`` is an algorithm other than Dense: Adasum is Horovod's own, uncompressed.
+    """
+    algorithm = algorithm_of(compression)
+    if not isinstance(algorithm, Dense):
+        raise ValueError(
+            f"DistributedOptimizer: op=Adasum cannot be combined with compression={algorithm!r}; use op=Average, "
+            "or op=Adasum with Dense()"
+        )
+    if isinstance(compression, Algorithm):
+        fp16 = algorithm == Dense(Cast(torch.float16))
+        return communicator.Compression.fp16 if fp16 else communicator.Compression.none
+    return compression
 
 
 def check_reduction(op: int, gradient_predivide_factor: float, backward_passes_per_step: int) -> None:
@@ -73,7 +91,7 @@ def check_optimizer(optimizer: Any) -> None:
 
 def check_process_set(process_set: Any) -> None:
     """Raise ValueError unless ``process_set`` is one that Horovod knows."""
-    if not isinstance(process_set, collectives.ProcessSet):
+    if not isinstance(process_set, communicator.ProcessSet):
         raise ValueError(
             f"DistributedOptimizer: process_set={_short(process_set)} is not allowed; it must be a Horovod ProcessSet, "
             "such as hvd.global_process_set or what hvd.add_process_set([0, 1]) returns"

@@ -12,21 +12,28 @@ import torch
 from torch.nn import Parameter
 
 from hvd_compress import validation
-from hvd_compress.algorithms import Algorithm, Dense
-from hvd_compress.comm import communicator as collectives
-from hvd_compress.comm.communicator import Adasum, Average, Communicator, Compression, global_process_set
-from hvd_compress.compressors import Cast
-from hvd_compress.engine import agreement, local_gradients
-from hvd_compress.engine import grad_scaler as amp
+from hvd_compress.comm.communicator import (
+    Adasum,
+    Average,
+    Communicator,
+    Compression,
+    Reduction,
+    global_process_set,
+    horovod_optimizer,
+    is_elastic,
+)
+from hvd_compress.engine import grad_scaler
+from hvd_compress.engine.agreement import Options, agree, description
 from hvd_compress.engine.autograd_hooks import no_compile
 from hvd_compress.engine.bucketing import Groups
+from hvd_compress.engine.gradient_reducer import GradientReducer
 from hvd_compress.engine.reducer import Reducer
-from hvd_compress.exchange import Reduction
-from hvd_compress.optimizer import arguments
-from hvd_compress.optimizer import checkpoint as residuals
-from hvd_compress.optimizer import state_init as initialising
+from hvd_compress.engine.replica_check import check_replicas
+from hvd_compress.engine.update_reducer import UpdateReducer
+from hvd_compress.optimizer import arguments, checkpoint
 from hvd_compress.optimizer.consensus import Consensus
 from hvd_compress.optimizer.scaled_step import ScaledStep
+from hvd_compress.optimizer.state_init import with_stateless_step
 from hvd_compress.telemetry import Stats
 
 _STEP_AFTER_SYNCHRONIZE = (
@@ -86,17 +93,11 @@ def DistributedOptimizer(
     arguments.check_reduction(op, gradient_predivide_factor, backward_passes_per_step)
     groups = arguments.resolve_groups(num_groups, groups)
     if op == Adasum:
-        if not isinstance(algorithm, Dense):
-            raise ValueError(
-                f"DistributedOptimizer: op=Adasum cannot be combined with compression={algorithm!r}; use op=Average, "
-                "or op=Adasum with Dense()"
-            )
-        if isinstance(compression, Algorithm):
-            compression = Compression.fp16 if algorithm == Dense(Cast(torch.float16)) else Compression.none
-        return collectives.horovod_optimizer(
+        horovods = arguments.adasum_compression(compression)
+        return horovod_optimizer(
             optimizer,
             named_parameters,
-            compression,
+            horovods,
             backward_passes_per_step,
             op,
             gradient_predivide_factor,
@@ -108,17 +109,17 @@ def DistributedOptimizer(
     base = type(optimizer)
     names = arguments.parameter_names(optimizer, named_parameters)
     arguments.refuse_complex((p for group in optimizer.param_groups for p in group["params"]), names)
-    comm = Communicator(process_set)
     namespace = {k: v for k, v in vars(_DistributedOptimizer).items() if k not in ("__dict__", "__weakref__")}
     # Horovod's broadcast_optimizer_state knows by this module name that it must initialise a state with
     # the step() of the class that this one derives from, without communication.
-    namespace.update(_hvd_base=base, __module__=collectives.horovod_optimizer.__module__)
-    cls: Any = type(base.__name__, (initialising.between(base),), namespace)
+    namespace.update(_hvd_base=base, __module__=horovod_optimizer.__module__)
+    cls: Any = type(base.__name__, (with_stateless_step(base),), namespace)
     wrapped = cls.__new__(cls)
     wrapped.__dict__.update({k: v for k, v in vars(optimizer).items() if k != "step"})
     wrapped._original = optimizer
     reduction = Reduction(op, gradient_predivide_factor)
-    wrapped._setup(names, algorithm, comm, reduction, backward_passes_per_step, groups, sparse_as_dense)
+    options = Options(algorithm, reduction, backward_passes_per_step, groups, sparse_as_dense)
+    wrapped._setup(names, Communicator(process_set), options)
     return wrapped
 
 
@@ -129,32 +130,24 @@ class _DistributedOptimizer(torch.optim.Optimizer):
     # GradScaler then always calls step(), on every rank, and leaves it to us to skip: see ``ScaledStep``.
     _step_supports_amp_scaling = True
 
-    def _setup(
-        self,
-        names: dict[Parameter, str],
-        algorithm: Algorithm,
-        comm: Communicator,
-        reduction: Reduction,
-        passes: int,
-        groups: Groups,
-        sparse_as_dense: bool,
-    ) -> None:
-        amp.watch()
+    def _setup(self, names: dict[Parameter, str], comm: Communicator, options: Options) -> None:
+        grad_scaler.watch()
         self._parameter_names = names
-        self.op, self.gradient_predivide_factor = reduction
-        self.sparse_as_dense = sparse_as_dense
+        self.op, self.gradient_predivide_factor = options.reduction
+        self.sparse_as_dense = options.sparse_as_dense
         self.process_set = comm.process_set
         self.check_replicas = os.environ.get("HVD_COMPRESS_CHECK_REPLICAS", "0") not in ("", "0")
         fused = bool(self.__dict__.pop("_step_supports_amp_scaling", False))
         self._synchronized, self._should_synchronize = False, True
-        if comm.member and not collectives.is_elastic():
-            agreement.agree(comm, agreement.description(self, algorithm, reduction, passes, groups))
+        if comm.member and not is_elastic():
+            agree(comm, description(self, options))
         if comm.member:
-            algorithm.check(comm)
-        self._reducer = Reducer(self, names, algorithm, comm, reduction, passes, groups, sparse_as_dense)
+            options.algorithm.check(comm)
+        kind = UpdateReducer if options.algorithm.exchanges_updates else GradientReducer
+        self._reducer: Reducer = kind(self, names, comm, options)
         self._scaled_step = ScaledStep(self._reducer, fused)
         self._consensus = Consensus(self._reducer)
-        self._checkpoint = residuals.OptimizerCheckpoint(self._reducer, self._consensus.outside)
+        self._checkpoint = checkpoint.OptimizerCheckpoint(self._reducer)
         base_step = self._hvd_base.step
         # torch wraps step() to run step hooks; ours must see the exchanged gradients and the final
         # parameters, so it goes around the exchange, once, and the base's own wrapper is taken off.
@@ -164,7 +157,7 @@ class _DistributedOptimizer(torch.optim.Optimizer):
     @property
     def backward_passes_per_step(self) -> int:
         """Backward passes whose gradients are summed before the exchange."""
-        return self._reducer.passes
+        return self._reducer.tracker.passes
 
     def set_backward_passes_per_step(self, passes: int) -> None:
         """Change the number of backward passes per step; counting starts anew."""
@@ -179,14 +172,10 @@ class _DistributedOptimizer(torch.optim.Optimizer):
         """
         self._consensus.forbid("synchronize()")
         reducer = self._reducer
-        if self._synchronized and not reducer.fired:
+        if self._synchronized and not reducer.tracker.fired:
             return
         if reducer.comm.member:
-            if reducer.algorithm.exchanges_updates:
-                reducer.drop_pass_counts()
-                local_gradients.prepare(self, reducer)
-            else:
-                self._scaled_step.overflowed = reducer.synchronize()
+            self._scaled_step.overflowed = reducer.synchronize()
         self._synchronized = True
 
     @contextlib.contextmanager
@@ -200,7 +189,7 @@ class _DistributedOptimizer(torch.optim.Optimizer):
 
     @no_compile
     def step(self, closure: Optional[Callable[[], Any]] = None) -> Any:
-        """One optimization step on all ranks.
+        """Take one optimization step on all ranks.
 
         Args:
             closure: reevaluates the model and returns the loss. Its gradients are exchanged each time it
@@ -210,11 +199,10 @@ class _DistributedOptimizer(torch.optim.Optimizer):
         """
         self._consensus.forbid("step()")
         reducer = self._reducer
-        if reducer.fired:
+        if reducer.tracker.fired:
             self._synchronized = False
         if closure is not None:
-            wrapper = self._completing if reducer.algorithm.exchanges_updates else self._synchronizing
-            closure = wrapper(closure)
+            closure = reducer.wrap_closure(closure)
         elif self._should_synchronize:
             if self._synchronized:
                 warnings.warn(_STEP_AFTER_SYNCHRONIZE, stacklevel=2)
@@ -222,7 +210,7 @@ class _DistributedOptimizer(torch.optim.Optimizer):
         self._synchronized = False
         self._original._opt_called = True  # type: ignore[attr-defined]
         if self._scaled_step.skip():
-            reducer.drop_pass_counts()
+            reducer.reset_pass_counts()
             return None
         return self._hooked_step(self, closure)
 
@@ -230,43 +218,16 @@ class _DistributedOptimizer(torch.optim.Optimizer):
 
     def _apply(self, closure: Optional[Callable[[], Any]] = None) -> Any:
         reducer = self._reducer
-        updates = reducer.algorithm.exchanges_updates and reducer.comm.member
-        if updates:
-            reducer.before_update()
-            local_gradients.clip(reducer)
+        reducer.before_step()
         loss = self._bare_step(self) if closure is None else self._bare_step(self, closure)
-        if updates:
-            reducer.exchange_updates()
+        reducer.after_step()
         if self.check_replicas and reducer.comm.member:
-            self._consensus.check_replicas()
+            check_replicas(reducer.comm, reducer.states, reducer.step)
         return loss
-
-    def _synchronizing(self, closure: Callable[[], Any]) -> Callable[[], Any]:
-        def synchronized_closure() -> Any:
-            with torch.enable_grad():
-                loss = closure()
-            self._synchronized = False
-            self.synchronize()
-            self._synchronized = False  # for the closure's gradients, not for those that may follow
-            return self._consensus.mean_loss(loss)
-
-        return synchronized_closure
-
-    def _completing(self, closure: Callable[[], Any]) -> Callable[[], Any]:
-        def completed_closure() -> Any:
-            with torch.enable_grad():
-                loss = closure()
-            if self._reducer.comm.member:
-                local_gradients.prepare(self, self._reducer)
-                local_gradients.clip(self._reducer)
-                self._reducer.close_pass()
-            return loss
-
-        return completed_closure
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """torch's ``zero_grad``; AssertionError between ``backward()`` and ``step()``/``synchronize()``."""
-        if self._reducer.busy:
+        if self._reducer.tracker.busy:
             raise AssertionError(_ZERO_GRAD_TOO_EARLY)
         # Some optimizers' own zero_grad knows no argument.
         self._hvd_base.zero_grad(self, **({} if set_to_none else {"set_to_none": False}))
@@ -284,53 +245,53 @@ class _DistributedOptimizer(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
         self._parameter_names.update({p: name for p, name in names.items() if p not in self._parameter_names})
-        self._reducer.newcomers.update(added)
+        self._reducer.tracker.newcomers.update(added)
         self._reducer.track()
 
     def consensus(self, point: str = "shared") -> Any:
-        """Context in which the parameters are the model to evaluate or save (collective).
+        """Return a context in which the parameters are the model to evaluate or save (collective).
 
         Args:
-            point: "shared", the model x, bitwise the same on every rank; or "virtual", x minus everything
-                that ranks still hold back (costs one dense allreduce; with ``LIEC``, whose x is the mean of
+            point: "shared", the model x, bitwise the same on every rank; or "virtual", x minus the updates
+                that ranks have not sent yet (costs one dense allreduce; with ``LIEC``, whose x is the mean of
                 local models, both do). Buffers, such as statistics of batch normalisation, are left alone.
 
         Raises:
             ValueError: for any other ``point``.
             RuntimeError: between ``backward()`` and ``step()`` (several ranks), inside another ``consensus()``, or for
-                "virtual" where gradients are held back (EF, LIEC) of an optimizer whose update is not proportional
+                "virtual" where the residual holds gradients (EF, LIEC) of an optimizer whose update is not proportional
                 to them (Adam).
         """
         return self._consensus.at(point)
 
     def flush(self) -> None:
-        """Apply everything that ranks still hold back in one dense step; all residuals are then zero (collective).
+        """Apply all residuals in one dense step; they are then zero on every rank (collective).
 
-        Where gradients are held back (EF, LIEC) of an optimizer whose update is not proportional to them (Adam), that
-        is a step of the optimizer with their mean; else what is owed is subtracted.
+        Where the residual holds gradients (EF, LIEC) of an optimizer whose update is not proportional to them (Adam),
+        that is a step of the optimizer with their mean; else the mean of the pending updates is subtracted.
         """
         self._consensus.flush()
 
     def stats(self) -> Stats:
-        """Figures of the last exchange and in total, of this rank."""
+        """Return figures of the last exchange and in total, of this rank."""
         reducer = self._reducer
-        comm, sizes = reducer.comm, [s.bucket.layout.total * s.bucket.dtype.itemsize for s in reducer.states]
-        dense_bytes = 2 * (comm.size - 1) / comm.size * sum(sizes)
-        norms = [float(torch.linalg.vector_norm(r)) for r in (s.residual() for s in reducer.states) if r is not None]
+        size, nbytes = reducer.comm.size, [s.bucket.layout.total * s.bucket.dtype.itemsize for s in reducer.states]
+        residuals = [r for r in (state.residual_vector() for state in reducer.states) if r is not None]
+        norm = math.hypot(*(float(torch.linalg.vector_norm(residual)) for residual in residuals))
         coefficients = [s.coefficient for s in reducer.states if hasattr(s, "coefficient")]
         return reducer.recorder.snapshot(
-            comm.sent, dense_bytes, math.hypot(*norms), coefficients[0] if coefficients else math.nan
+            2 * (size - 1) / size * sum(nbytes), norm, coefficients[0] if coefficients else math.nan
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's state, and under "hvd_compress" what this rank holds back and the shared model."""
+        """Return torch's state, and under "hvd_compress" this rank's residual and the shared model."""
         state: dict[str, Any] = self._hvd_base.state_dict(self)
-        return self._checkpoint.extend(state)
+        return self._checkpoint.add_to_state(state)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a ``state_dict()`` of this rank; a plain torch state empties the residuals."""
         self._consensus.forbid("load_state_dict()")
         self._synchronized, self._should_synchronize, self._scaled_step.overflowed = False, True, False
-        self._reducer.set_passes(self._reducer.passes)
-        self._hvd_base.load_state_dict(self, self._checkpoint.strip(state_dict))
-        self._checkpoint.load(state_dict.get(residuals.KEY))
+        self._reducer.set_passes(self._reducer.tracker.passes)
+        self._hvd_base.load_state_dict(self, self._checkpoint.to_torch_state(state_dict))
+        self._checkpoint.load(state_dict.get(checkpoint.KEY))

@@ -4,35 +4,38 @@ from __future__ import annotations
 
 import torch
 
-from hvd_compress.engine import grad_scaler as amp
+from hvd_compress.engine import grad_scaler
 from hvd_compress.engine.reducer import Reducer
 
 
 class ScaledStep:
-    """What an optimizer's ``step()`` does first when a ``GradScaler`` calls it.
+    """The first part of an optimizer's ``step()`` when a ``GradScaler`` calls it.
 
     Args:
         reducer: of the distributed optimizer, to which the scaler gives ``found_inf`` and ``grad_scale`` for the call.
         fused: whether the wrapped optimizer can skip and unscale by itself.
+
+    Attributes:
+        overflowed: whether the exchange of this step was called off, on all ranks.
     """
 
     def __init__(self, reducer: Reducer, fused: bool) -> None:
         self._reducer, self._fused = reducer, fused
-        self.overflowed = False  # the exchange of this step was called off, on all ranks
+        self.overflowed = False
 
     def skip(self) -> bool:
-        """Whether the step is to be left out, on all ranks if any has an infinite gradient; if not, unscale."""
+        """Return whether the step is to be left out: on all ranks if any has an infinite gradient; if not, unscale."""
         optimizer, reducer = self._reducer.optimizer, self._reducer
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is None:
             return False
         skip = self.overflowed or bool(found_inf)
         self.overflowed = False
-        if reducer.comm.member:  # other ranks have nobody to agree with
+        if reducer.comm.member:  # ranks outside the process set step for themselves
             skip = reducer.comm.any_rank(skip)
         if skip:
-            if reducer.scaler is not None:
-                amp.mark_overflow(reducer.scaler, optimizer)
+            if reducer.tracker.scaler is not None:
+                grad_scaler.mark_overflow(reducer.tracker.scaler, optimizer)
             return True
         clips = reducer.comm.member and reducer.algorithm.clip_norm is not None
         if not self._fused or clips:  # clipping comes before the wrapped optimizer

@@ -2,7 +2,7 @@
 
 ``hvd.broadcast_optimizer_state`` makes the state of an optimizer that has none by a step with zero gradients, by way of
 ``super(optimizer.__class__, optimizer).step()``. Weight decay moves parameters all the same: on the ranks without a
-state, not on one that has restored its own, so that a broadcast of parameters before would have been for nothing.
+state, not on one that has restored its own, so that an earlier broadcast of the parameters would be undone.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from __future__ import annotations
 from typing import Any, Callable, Optional
 
 
-def between(base: Any) -> Any:
-    """The class to derive a distributed optimizer from: ``base``, but for what ``super().step()`` does."""
+def with_stateless_step(base: Any) -> Any:
+    """Return the class to derive a distributed optimizer from: ``base``, but for the effect of ``super().step()``."""
 
     def step(self: Any, closure: Optional[Callable[[], Any]] = None) -> Any:
-        """``step()`` of the wrapped optimizer's class for its state alone."""
+        """Run ``step()`` of the wrapped optimizer's class for its state alone."""
         parameters = [p.data for group in self.param_groups for p in group["params"] if p.grad is not None]
         before = [p.clone() for p in parameters]
         result = base.step(self) if closure is None else base.step(self, closure)

@@ -12,7 +12,6 @@ from hvd_compress import (
     DEF,
     EF,
     LIEC,
-    Algorithm,
     Average,
     BlockSign,
     CountSketch,
@@ -26,11 +25,13 @@ from hvd_compress import (
     TopK,
     Warmup,
 )
-from hvd_compress.algorithms.bucket_state import GradientState, Rate, UpdateState
+from hvd_compress.algorithms.base import BucketAlgorithm
+from hvd_compress.algorithms.bucket_state import Rate
+from hvd_compress.algorithms.gradient_state import GradientState
+from hvd_compress.algorithms.update_state import UpdateState
 from hvd_compress.bucket import Bucket
-from hvd_compress.comm.communicator import Handle
-from hvd_compress.exchange import Context, Reduction, ShardedServerExchange
-from hvd_compress.telemetry import Recorder
+from hvd_compress.comm.communicator import Handle, Reduction
+from hvd_compress.exchange import Context, ShardedServerExchange
 from tests.unit.accelerator import DEVICE, Uploading, uploading
 from tests.unit.test_devices import StubCommunicator, bucket
 
@@ -38,14 +39,14 @@ __all__ = ["uploading"]  # the fixture
 
 GATHERED = [TopK(density=0.1), TopK(density=0.1, sampled=True), BlockSign(), BlockSign(block_size=16)]
 OTHERS = [RandomK(density=0.2), LowRank(rank=2), Warmup(TopK(0.1), densities=(1.0, 0.5), steps=1)]
-GRADIENT_ALGORITHMS: list[Algorithm] = [
+GRADIENT_ALGORITHMS: list[BucketAlgorithm] = [
     *(EF(c) for c in (*GATHERED, *OTHERS)),
     LIEC(averaging_period=3),
     LIEC(TopK(0.2), 2),
     LIEC(Identity(), 2),
     LIEC(RandomBlock(0.25), 2, rescale_residual=False),
 ]
-UPDATE_ALGORITHMS: list[Algorithm] = [
+UPDATE_ALGORITHMS: list[BucketAlgorithm] = [
     *(DEF(c) for c in (*GATHERED, *OTHERS)),
     DEF(TopK(0.1), 0.0, masking=True),
     DEF(RandomBlock(0.2), masking=True),
@@ -60,37 +61,37 @@ CASES = [(torch.float32, Reduction()), (torch.bfloat16, Reduction(Sum)), (torch.
 cases = pytest.mark.parametrize(("dtype", "reduction"), CASES, ids=str)
 
 
-class GatheringLink(StubCommunicator):
-    """Also allgather and alltoall, each rank having sent the same; owners of shards answer ``answer`` bytes."""
+class GatheringCommunicator(StubCommunicator):
+    """Also allgather and alltoall, each rank having sent the same; servers of shards answer ``answer`` bytes."""
 
     answer = 0
 
     def allgather_async(self, tensor: Tensor, name: str) -> Handle:
         self.calls.append((name, tensor.dtype, tensor.numel(), -1))
         if name.endswith(".down"):
-            return Handle(None, torch.zeros(self.answer, dtype=tensor.dtype, device=tensor.device))
-        return Handle(None, torch.cat([tensor] * self.size))
+            return Handle(result=torch.zeros(self.answer, dtype=tensor.dtype, device=tensor.device))
+        return Handle(result=torch.cat([tensor] * self.size))
 
     def alltoall_async(self, tensor: Tensor, splits: Tensor, name: str) -> Handle:
         assert splits.dtype == torch.int32
         assert splits.device.type == "cpu"
         assert int(splits.sum()) == tensor.numel()
         self.calls.append((name, tensor.dtype, tensor.numel(), -2))
-        return Handle(None, (torch.cat([tensor[: int(splits[0])]] * self.size), splits))
+        return Handle(result=(torch.cat([tensor[: int(splits[0])]] * self.size), splits))
 
 
 def attach(
-    algorithm: Algorithm, dtype: torch.dtype, reduction: Reduction, momenta: Sequence[int] = ()
-) -> tuple[Bucket, GatheringLink, Any]:
-    b, comm = bucket(dtype), GatheringLink()
+    algorithm: BucketAlgorithm, dtype: torch.dtype, reduction: Reduction, momenta: Sequence[int] = ()
+) -> tuple[Bucket, GatheringCommunicator, Any]:
+    b, comm = bucket(dtype), GatheringCommunicator()
     kept: dict[Any, dict[str, Any]] = {
         b.parameters[i]: {"momentum_buffer": torch.empty_like(b.parameters[i])} for i in momenta
     }
     state: Any = algorithm.attach(
         b,
-        Context(comm, reduction, Recorder(), lambda p: kept.setdefault(p, {})),  # type: ignore[arg-type]
+        Context(comm, reduction, lambda p: kept.setdefault(p, {})),  # type: ignore[arg-type]
     )
-    exchange = getattr(state, "_exchange", None)
+    exchange = getattr(state, "exchange", getattr(state, "_exchange", None))
     if isinstance(exchange, ShardedServerExchange):
         comm.answer = sum(exchange._answers.lengths)
     return b, comm, state
@@ -104,7 +105,7 @@ def stable(comm: StubCommunicator) -> None:
 @cases
 @pytest.mark.parametrize("algorithm", GRADIENT_ALGORITHMS, ids=str)
 def test_gradient_algorithms(
-    uploading: Uploading, algorithm: Algorithm, dtype: torch.dtype, reduction: Reduction
+    uploading: Uploading, algorithm: BucketAlgorithm, dtype: torch.dtype, reduction: Reduction
 ) -> None:
     b, comm, state = attach(algorithm, dtype, reduction)
     assert isinstance(state, GradientState)
@@ -117,17 +118,17 @@ def test_gradient_algorithms(
         results = state.finish()
         assert [(g.shape, g.dtype, g.device) for g in results] == [(p.shape, dtype, DEVICE) for p in b.parameters]
     stable(comm)
-    assert {v.device for mirror in state.buffers().values() for v in mirror.views} == {DEVICE}
-    state.residual()
-    state.owed(0.1)
+    assert {v.device for buffer in state.buffers().values() for v in buffer.views} == {DEVICE}
+    state.residual_vector()
+    state.pending_update(0.1)
     state.shared_point(comm)  # type: ignore[arg-type]
-    state.forgive()
+    state.clear_residual()
 
 
 @cases
 @pytest.mark.parametrize("algorithm", UPDATE_ALGORITHMS, ids=str)
 def test_update_algorithms(
-    uploading: Uploading, algorithm: Algorithm, dtype: torch.dtype, reduction: Reduction
+    uploading: Uploading, algorithm: BucketAlgorithm, dtype: torch.dtype, reduction: Reduction
 ) -> None:
     b, comm, state = attach(algorithm, dtype, reduction, momenta=(0, 1))
     assert isinstance(state, UpdateState)
@@ -138,8 +139,8 @@ def test_update_algorithms(
         state.finish()
     stable(comm)
     assert {p.device for p in b.parameters} == {DEVICE}
-    assert {v.device for mirror in state.buffers().values() for v in mirror.views} == {DEVICE}
-    state.residual()
-    state.owed(0.1)
-    state.place()
-    state.restart(state.shared.flat.clone())
+    assert {v.device for buffer in state.buffers().values() for v in buffer.views} == {DEVICE}
+    state.residual_vector()
+    state.pending_update(0.1)
+    state.write_local_point()
+    state.reset_to(state.shared.flat.clone())

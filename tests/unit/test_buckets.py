@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import Parameter
 
-from hvd_compress.bucket import Bucket, ParamEntry, build
+from hvd_compress.bucket import Bucket, ParamEntry
 from hvd_compress.compressors import Layout
-from hvd_compress.engine.bucketing import teams_of
+from hvd_compress.engine.bucketing import cut_buckets, groups_of
 
 DTYPES = [torch.float32, torch.float32, torch.float64, torch.bfloat16]
 DEVICES = ["cpu", "cpu", "cpu", "meta"]
@@ -32,7 +32,7 @@ def names(buckets: list[Bucket]) -> list[list[str]]:
 
 @st.composite
 def models(draw: Any) -> tuple[list[ParamEntry], list[frozenset[int]]]:
-    """Parameters of all kinds, some of them in teams."""
+    """Parameters of all kinds, some of them in kept."""
     kinds = draw(
         st.lists(
             # Most of one kind, so that buckets fill.
@@ -52,17 +52,17 @@ def models(draw: Any) -> tuple[list[ParamEntry], list[frozenset[int]]]:
     return entries, [frozenset(ids) for ids in members if ids]
 
 
-# -- build ---------------------------------------------------------------------------------------------
+# -- cut_buckets ---------------------------------------------------------------------------------------
 
 
 @given(models(), st.booleans(), st.sampled_from([1, 16, 40, 1000, INF]))
 def test_every_rule_of_cutting(
     model: tuple[list[ParamEntry], list[frozenset[int]]], split_groups: bool, max_bytes: float
 ) -> None:
-    entries, teams = model
-    buckets = build(entries, prefix="b7.", split_groups=split_groups, max_bytes=max_bytes, teams=teams)
+    entries, kept = model
+    buckets = cut_buckets(entries, prefix="b7.", split_groups=split_groups, max_bytes=max_bytes, groups=kept)
     position = {id(e.parameter): i for i, e in enumerate(entries)}
-    team_of = {pid: k for k, team in enumerate(teams) for pid in team}
+    team_of = {pid: k for k, team in enumerate(kept) for pid in team}
 
     # every parameter exactly once, names that do not depend on anything else
     assert sorted(position[id(p)] for b in buckets for p in b.parameters) == list(range(len(entries)))
@@ -102,33 +102,33 @@ def test_every_rule_of_cutting(
 
 def test_a_small_example() -> None:
     entries = [entry(name, 4) for name in "abcde"]
-    assert names(build(entries, prefix="", split_groups=True, max_bytes=INF)) == [["e", "d", "c", "b", "a"]]
-    assert names(build(entries, prefix="", split_groups=True, max_bytes=32)) == [["e", "d"], ["c", "b"], ["a"]]
-    assert names(build(entries, prefix="", split_groups=True, max_bytes=1)) == [["e"], ["d"], ["c"], ["b"], ["a"]]
+    assert names(cut_buckets(entries, prefix="", split_groups=True, max_bytes=INF)) == [["e", "d", "c", "b", "a"]]
+    assert names(cut_buckets(entries, prefix="", split_groups=True, max_bytes=32)) == [["e", "d"], ["c", "b"], ["a"]]
+    assert names(cut_buckets(entries, prefix="", split_groups=True, max_bytes=1)) == [["e"], ["d"], ["c"], ["b"], ["a"]]
     wide = [entry(name, 4, torch.float64) for name in "abc"]
-    assert names(build(wide, prefix="", split_groups=True, max_bytes=32)) == [["c"], ["b"], ["a"]]
-    teams = [frozenset(id(entries[i].parameter) for i in (0, 2, 4))]
-    cut = names(build(entries, prefix="", split_groups=True, max_bytes=1, teams=teams))
+    assert names(cut_buckets(wide, prefix="", split_groups=True, max_bytes=32)) == [["c"], ["b"], ["a"]]
+    kept = [frozenset(id(entries[i].parameter) for i in (0, 2, 4))]
+    cut = names(cut_buckets(entries, prefix="", split_groups=True, max_bytes=1, groups=kept))
     assert sorted(cut) == [["b"], ["d"], ["e", "c", "a"]]
-    assert build([], prefix="", split_groups=True, max_bytes=1) == []
+    assert cut_buckets([], prefix="", split_groups=True, max_bytes=1) == []
 
 
 def test_parameter_groups_share_a_bucket_only_if_allowed() -> None:
     entries = [entry("a", group=0), entry("b", group=1), entry("c", group=0)]
-    assert sorted(names(build(entries, prefix="", split_groups=True, max_bytes=INF))) == [["b"], ["c", "a"]]
-    (joint,) = build(entries, prefix="", split_groups=False, max_bytes=INF)
+    assert sorted(names(cut_buckets(entries, prefix="", split_groups=True, max_bytes=INF))) == [["b"], ["c", "a"]]
+    (joint,) = cut_buckets(entries, prefix="", split_groups=False, max_bytes=INF)
     assert joint.group == -1
-    assert build(entries[::2], prefix="", split_groups=False, max_bytes=INF)[0].group == 0
+    assert cut_buckets(entries[::2], prefix="", split_groups=False, max_bytes=INF)[0].group == 0
 
 
 @given(st.integers(0, 12), st.integers(1, 15))
 def test_a_number_of_groups_cuts_evenly_and_in_order(count: int, groups: int) -> None:
     parameters = [Parameter(torch.zeros(1)) for _ in range(count)]
-    teams = teams_of(groups, parameters)
-    assert len(teams) == min(groups, count)
-    sizes = [len(team) for team in teams]
+    kept = groups_of(groups, parameters)
+    assert len(kept) == min(groups, count)
+    sizes = [len(team) for team in kept]
     assert not sizes or max(sizes) - min(sizes) <= 1
-    where = [k for p in parameters for k, team in enumerate(teams) if id(p) in team]
+    where = [k for p in parameters for k, team in enumerate(kept) if id(p) in team]
     assert len(where) == count, "each parameter in exactly one"
     assert where == sorted(where)
 

@@ -9,17 +9,22 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from hvd_compress import DEF, EF, Algorithm, Average, Cast, Compressor, Dense, Identity, RandomBlock, Sum
-from hvd_compress.algorithms.bucket_state import GradientState, Rate, UpdateState
-from hvd_compress.algorithms.residual_update import Folder, stand
+from hvd_compress import DEF, EF, Average, Cast, Compressor, Dense, Identity, RandomBlock, Sum
+from hvd_compress.algorithms.base import BucketAlgorithm
+from hvd_compress.algorithms.bucket_state import Rate
+from hvd_compress.algorithms.gradient_state import GradientState
+from hvd_compress.algorithms.residual_update import ResidualUpdate, detached_point
+from hvd_compress.algorithms.update_state import UpdateState
 from hvd_compress.bucket import Bucket, ParamEntry
-from hvd_compress.comm.communicator import Handle
+from hvd_compress.comm.communicator import Handle, Reduction
 from hvd_compress.compressors import Layout, SummableCodec
+from hvd_compress.engine.agreement import Options
+from hvd_compress.engine.gradient_reducer import GradientReducer
 from hvd_compress.engine.reducer import Reducer
-from hvd_compress.engine.step_check import RewriteWatch, digest
-from hvd_compress.exchange import Context, Reduction
-from hvd_compress.optimizer.consensus import _checksum
-from hvd_compress.telemetry import Recorder
+from hvd_compress.engine.replica_check import digest
+from hvd_compress.engine.step_check import StepCheck
+from hvd_compress.engine.update_reducer import UpdateReducer
+from hvd_compress.exchange import Context
 from tests.unit.accelerator import DEVICE, Accelerator, HostWaits, accelerator
 
 __all__ = ["accelerator"]  # the fixture
@@ -28,12 +33,12 @@ COMPRESSORS = [RandomBlock(density=0.3), RandomBlock(density=1), Identity(), Cas
 
 
 class StubCommunicator:
-    """A comm of ``size`` ranks whose collectives are complete at once; ``calls`` are (name, dtype, numel, op)."""
+    """Collectives of ``size`` ranks that are complete at once; ``calls`` are (name, dtype, numel, op)."""
 
     member, rank = True, 0
 
     def __init__(self, size: int = 2) -> None:
-        self.size, self.sent = size, 0.0
+        self.size, self.bytes_sent, self.seconds_waited = size, 0.0, 0.0
         self.calls: list[tuple[str, torch.dtype, int, int]] = []
 
     def allreduce_async(
@@ -41,8 +46,8 @@ class StubCommunicator:
     ) -> Handle:
         assert tensor.is_contiguous()
         self.calls.append((name, tensor.dtype, tensor.numel(), op))
-        self.sent += 2 * (self.size - 1) / self.size * tensor.numel() * tensor.element_size()
-        return Handle(None)
+        self.bytes_sent += 2 * (self.size - 1) / self.size * tensor.numel() * tensor.element_size()
+        return Handle()
 
     def allreduce(self, tensor: Tensor, name: str, op: int = Average) -> Tensor:
         self.allreduce_async(tensor, name, op)
@@ -135,21 +140,21 @@ def test_tensors_one_by_one(accelerator: Accelerator, compressor: Compressor, dt
         (torch.float64, torch.float64),
     ],
 )
-def test_folding(accelerator: Accelerator, state: torch.dtype, dtype: torch.dtype) -> None:
+def test_residual_update(accelerator: Accelerator, state: torch.dtype, dtype: torch.dtype) -> None:
     x, e = torch.zeros(200_000, dtype=state, device=DEVICE), torch.zeros(200_000, dtype=state, device=DEVICE)
     z = torch.zeros(200_000, dtype=dtype, device=DEVICE)
-    folder, before = Folder(x, e, z), accelerator.operations
-    folder.fold(0.3, 0.4, 0.5)
+    update, before = ResidualUpdate(x, e, z), accelerator.operations
+    update.apply(0.3, 0.4, 0.5)
     assert accelerator.operations - before <= 10, "one pass over everything: a kernel launch costs more than a tile"
-    stand(x, e, 0.0, z)
-    stand(x, e, 0.5, z)
-    Folder(x[:0], e[:0], z[:0]).fold(0.3, 0.3)
+    detached_point(x, e, 0.0, z)
+    detached_point(x, e, 0.5, z)
+    ResidualUpdate(x[:0], e[:0], z[:0]).apply(0.3, 0.3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_checksum(accelerator: Accelerator, dtype: torch.dtype) -> None:
-    for v in (torch.zeros(6, 4, dtype=dtype, device=DEVICE), torch.zeros(6, 4, dtype=dtype, device=DEVICE).t()):
-        total = _checksum(v)
+def test_digest(accelerator: Accelerator, dtype: torch.dtype) -> None:
+    for numel in (0, 1, 24, 200_000):
+        total = digest(torch.zeros(numel, dtype=dtype, device=DEVICE))
         assert (total.dtype, total.shape, total.device) == (torch.int64, (), DEVICE)
 
 
@@ -162,13 +167,13 @@ CASES = [
     (torch.float16, Reduction()),
 ]
 cases = pytest.mark.parametrize(("dtype", "reduction"), CASES, ids=str)
-GRADIENT_ALGORITHMS: list[Algorithm] = [
+GRADIENT_ALGORITHMS: list[BucketAlgorithm] = [
     Dense(),
     Dense(Cast()),
     *(EF(c) for c in COMPRESSORS),
     EF(COMPRESSORS[0], rescale_residual=False),
 ]
-UPDATE_ALGORITHMS: list[Algorithm] = [
+UPDATE_ALGORITHMS: list[BucketAlgorithm] = [
     *(DEF(c) for c in COMPRESSORS),
     DEF(COMPRESSORS[0], coefficient=0),
     DEF(COMPRESSORS[0], coefficient=1.0),
@@ -180,11 +185,11 @@ UPDATE_ALGORITHMS: list[Algorithm] = [
 @cases
 @pytest.mark.parametrize("algorithm", GRADIENT_ALGORITHMS, ids=str)
 def test_gradient_algorithms(
-    accelerator: Accelerator, algorithm: Algorithm, dtype: torch.dtype, reduction: Reduction
+    accelerator: Accelerator, algorithm: BucketAlgorithm, dtype: torch.dtype, reduction: Reduction
 ) -> None:
     """Steps with own gradients, with the last results, with none, with some absorbed early; rates change."""
     b, comm = bucket(dtype), StubCommunicator()
-    state = algorithm.attach(b, Context(comm, reduction, Recorder()))  # type: ignore[arg-type]
+    state = algorithm.attach(b, Context(comm, reduction))  # type: ignore[arg-type]
     assert isinstance(state, GradientState)
     own: list[Optional[Tensor]] = [torch.empty_like(p) for p in b.parameters]
     results: list[Tensor] = []
@@ -196,25 +201,25 @@ def test_gradient_algorithms(
         state.start(step, gradients, rate)
         results = state.finish()
         assert [(g.shape, g.dtype, g.device) for g in results] == [(p.shape, dtype, DEVICE) for p in b.parameters]
-    state.residual()
-    state.owed(0.1)
-    state.forgive()
+    state.residual_vector()
+    state.pending_update(0.1)
+    state.clear_residual()
     assert len(comm.calls) == 4
     assert len(set(comm.calls)) == 1, "one collective per step, always of the same name, size, dtype and op"
 
 
-def run_updates(algorithm: Algorithm, dtype: torch.dtype, reduction: Reduction) -> None:
+def run_updates(algorithm: BucketAlgorithm, dtype: torch.dtype, reduction: Reduction) -> None:
     """Steps with changing rates, then what consensus points and checkpoints do."""
     b, comm = bucket(dtype), StubCommunicator()
-    state = algorithm.attach(b, Context(comm, reduction, Recorder()))  # type: ignore[arg-type]
+    state = algorithm.attach(b, Context(comm, reduction))  # type: ignore[arg-type]
     assert isinstance(state, UpdateState)
     for step, lr in enumerate((0.1, 0.1, 0.0, 0.01)):
         state.local.flat.mul_(0.9)
         state.start(step, lr)
         state.finish()
-    state.residual()
-    state.place()
-    state.anchor()
+    state.residual_vector()
+    state.write_local_point()
+    state.set_shared_from_params()
     assert {p.device for p in b.parameters} == {DEVICE}
     names = {call[0] for call in comm.calls}
     assert len(comm.calls) == 4 * len(names)
@@ -224,7 +229,7 @@ def run_updates(algorithm: Algorithm, dtype: torch.dtype, reduction: Reduction) 
 @cases
 @pytest.mark.parametrize("algorithm", UPDATE_ALGORITHMS, ids=str)
 def test_update_algorithms(
-    accelerator: Accelerator, algorithm: Algorithm, dtype: torch.dtype, reduction: Reduction
+    accelerator: Accelerator, algorithm: BucketAlgorithm, dtype: torch.dtype, reduction: Reduction
 ) -> None:
     run_updates(algorithm, dtype, reduction)
 
@@ -237,56 +242,55 @@ def test_a_measured_coefficient(accelerator: Accelerator, compressor: Compressor
 @pytest.mark.parametrize("algorithm", [Dense(), EF(COMPRESSORS[0]), DEF(COMPRESSORS[0]), DEF(Cast())], ids=str)
 @pytest.mark.parametrize("size", [1, 2])
 def test_whole_steps(
-    accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch, algorithm: Algorithm, size: int
+    accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch, algorithm: BucketAlgorithm, size: int
 ) -> None:
     """The engine that drives the states, with a torch optimizer; parameters on two devices."""
-    # The watch has a test of its own, below.
-    monkeypatch.setattr(RewriteWatch, "launch", lambda self, points: None)
-    monkeypatch.setattr(RewriteWatch, "remember", lambda self, points: None)
+    # The step check has a test of its own, below.
+    monkeypatch.setattr(StepCheck, "launch_check", lambda self, points: None)
+    monkeypatch.setattr(StepCheck, "record_parameters", lambda self, points: None)
     on_device, on_host = bucket(), bucket(device=torch.device("cpu"))
     parameters = [*on_device.parameters, *on_host.parameters]
     optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9, foreach=False)
     names = {p: f"p{i}" for i, p in enumerate(parameters)}
     comm = StubCommunicator(size)
-    reducer = Reducer(optimizer, names, algorithm, comm, Reduction(), 1, None, True)  # type: ignore[arg-type]
+    options = Options(algorithm, Reduction(), 1, None, True)
+    kind = UpdateReducer if algorithm.exchanges_updates else GradientReducer
+    reducer: Reducer = kind(optimizer, names, comm, options)  # type: ignore[arg-type]
     for _ in range(3):
         for p in parameters:
             p.grad = torch.zeros_like(p)
-        if algorithm.exchanges_updates:
-            reducer.before_update()
-            optimizer.step()
-            reducer.exchange_updates()
-        else:
-            reducer.synchronize()
-            optimizer.step()
+        reducer.synchronize()
+        reducer.before_step()
+        optimizer.step()
+        reducer.after_step()
     assert reducer.step == 3
     assert {s.bucket.device.type for s in reducer.states} == {"cuda", "cpu"}
     assert len(comm.calls) == 6
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_watching_for_rewrites(accelerator: Accelerator, dtype: torch.dtype) -> None:
+def test_step_check(accelerator: Accelerator, dtype: torch.dtype) -> None:
     """All of a step but its verdict, which the host must read: it decides what is done before the next step."""
     comm = StubCommunicator()
-    watch, points = RewriteWatch(comm), [b.flat_buffer(b.dtype) for b in (bucket(), bucket(dtype))]  # type: ignore[arg-type]
+    check, points = StepCheck(comm), [b.flat_buffer(b.dtype) for b in (bucket(), bucket(dtype))]  # type: ignore[arg-type]
     for _ in range(2):
-        watch.launch(points)
-        watch.forget()
-        watch.remember(points)
+        check.launch_check(points)
+        check.forget()
+        check.record_parameters(points)
     before = accelerator.operations
-    watch.launch(points)
+    check.launch_check(points)
     assert accelerator.operations - before < 25, "a few operations, however many parameters"
-    assert set(comm.calls) == {("rewrites", torch.float32, 7, Sum)}, "one row: here, and a number for each parameter"
+    assert set(comm.calls) == {("step_check", torch.float32, 7, Sum)}, "one row: here, and a number for each parameter"
     assert digest(points[1].flat).dtype == torch.int64
     with pytest.raises(HostWaits, match="host"):  # the verdict needs real numbers
-        watch.rewritten(points)
+        check.overwritten(points)
 
 
 @pytest.mark.parametrize("coefficient", [0.0, 0.3])
 @pytest.mark.parametrize("alone", [True, False])
-def test_heeding_rewrites(accelerator: Accelerator, coefficient: float, alone: bool) -> None:
+def test_adopting_overwritten_parameters(accelerator: Accelerator, coefficient: float, alone: bool) -> None:
     b = bucket(torch.bfloat16)
-    state = DEF(COMPRESSORS[0], coefficient).attach(b, Context(StubCommunicator(), Reduction(), Recorder()))  # type: ignore[arg-type]
+    state = DEF(COMPRESSORS[0], coefficient).attach(b, Context(StubCommunicator()))  # type: ignore[arg-type]
     assert isinstance(state, UpdateState)
     for flags in ([True, False, False, True], [True, True, False, True], [False] * 4):
-        state.heed(flags, alone)
+        state.adopt_overwritten(flags, alone)

@@ -6,9 +6,9 @@ import math
 
 import torch
 
-from hvd_compress.algorithms.global_topk import merged
 from hvd_compress.compressors import Layout, TopK
 from hvd_compress.compressors.topk import TopKCodec
+from hvd_compress.exchange.topk_tree import merge_messages
 
 N, K = 10, 3
 
@@ -24,7 +24,7 @@ def message(codec: TopKCodec, vector: dict[int, float]) -> torch.Tensor:
 def merge(a: dict[int, float], b: dict[int, float]) -> tuple[dict[int, float], dict[int, float]]:
     """What is kept and what is dropped, by coordinate."""
     codec = TopK(K / N).codec(Layout(("a",), (N,)), torch.float32, torch.device("cpu"))
-    result, places, sums = merged(codec, message(codec, a).numpy(), message(codec, b).numpy())
+    result, places, sums = merge_messages(codec, message(codec, a).numpy(), message(codec, b).numpy())
     values, kept = codec.unpack(torch.from_numpy(result))
     return dict(zip(kept.tolist(), values.tolist())), dict(zip(places.tolist(), sums.tolist()))
 

@@ -23,7 +23,8 @@ from hvd_compress import (
     TopK,
     Warmup,
 )
-from hvd_compress.bucket import Bucket, ParamEntry, build
+from hvd_compress.bucket import Bucket, ParamEntry
+from hvd_compress.engine.bucketing import cut_buckets
 from hvd_compress.exchange import require_countable
 
 WARM = Warmup(TopK(1 / 1000), (1.0, 0.25))
@@ -44,7 +45,7 @@ def buckets_of(algorithm: Any, ranks: int, dtype: torch.dtype) -> list[Bucket]:
     parameters = [Parameter(torch.empty(2**26, dtype=dtype, device="meta")) for _ in range(100)]
     entries = [ParamEntry(p, f"p{i}", 0) for i, p in enumerate(parameters)]
     max_bytes = min(algorithm.bucket_bytes, algorithm.bucket_limit(ranks))
-    return build(entries, prefix="", split_groups=False, max_bytes=max_bytes)
+    return cut_buckets(entries, prefix="", split_groups=False, max_bytes=max_bytes)
 
 
 def payload(algorithm: Any, elements: int) -> float:

@@ -70,8 +70,8 @@ def test_a_wrong_rule_is_named(rules: dict[str, Any], argument: str) -> None:
 
 def test_what_one_rule_needs_the_policy_needs() -> None:
     plain = Policy(EF(BLOCK), patterns={"*": Dense()})
-    assert not plain.local_models and not plain.gathers
+    assert not plain.local_models and plain.allreduce_only
     assert Policy(EF(BLOCK), patterns={"*": LIEC()}).local_models
     assert Policy(LIEC(), dense_dims=1).local_models
-    assert Policy(EF(BLOCK), groups={0: EF(TopK())}).gathers
+    assert not Policy(EF(BLOCK), groups={0: EF(TopK())}).allreduce_only
     assert Policy(DEF(TopK(), clip_norm=5.0), groups={0: DEF(BLOCK)}).clip_norm == 5.0

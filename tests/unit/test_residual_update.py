@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hvd_compress import native
 from hvd_compress.algorithms import residual_update
-from hvd_compress.algorithms.residual_update import TILE, Folder, stand
+from hvd_compress.algorithms.residual_update import TILE, ResidualUpdate, detached_point
 
 SMALL = 512  # most tests use smaller tiles, to be quick
 PAIRS = [
@@ -81,7 +81,7 @@ def test_exactly_the_formula_where_nothing_rounds(
     subtracted = dyadic(size, 0.25, state, 2)
     z = (x - placed * e - subtracted).to(dtype)
     x64, e64, z64 = wide(x), wide(e), wide(z)
-    Folder(x, e, z).fold(placed, coefficient, decay)
+    ResidualUpdate(x, e, z).apply(placed, coefficient, decay)
 
     u = (x64 - placed * e64) - z64
     assert torch.equal(u, wide(subtracted)), "the example must not round"
@@ -96,10 +96,10 @@ def test_the_formula_to_rounding(size: int, state: torch.dtype, dtype: torch.dty
     placed, coefficient, decay = 0.3, 0.137, 0.9
     x, e = normal(size, state, 0), normal(size, state, 1, 0.1)
     z = torch.empty(size, dtype=dtype)
-    stand(x, e, placed, z)
+    detached_point(x, e, placed, z)
     z.sub_(normal(size, dtype, 2, 0.01))
     x64, e64, z64 = wide(x), wide(e), wide(z)
-    Folder(x, e, z).fold(placed, coefficient, decay)
+    ResidualUpdate(x, e, z).apply(placed, coefficient, decay)
 
     # The point z stood at was rounded to z's dtype, and so it must be when it is recomputed.
     stood = wide((x64 - placed * e64).to(state).to(dtype))
@@ -118,23 +118,23 @@ def test_the_formula_to_rounding(size: int, state: torch.dtype, dtype: torch.dty
 def test_many_steps_conserve_the_sum(size: int, state: torch.dtype, dtype: torch.dtype) -> None:
     """While nothing is exchanged, e is the sum of what was subtracted: nothing is lost or counted twice."""
     x, e, z = normal(size, state, 0), torch.zeros(size, dtype=state), torch.empty(size, dtype=dtype)
-    stand(x, e, 0.3, z)
-    folder, total = Folder(x, e, z), torch.zeros(size, dtype=torch.float64)
+    detached_point(x, e, 0.3, z)
+    update, total = ResidualUpdate(x, e, z), torch.zeros(size, dtype=torch.float64)
     for step in range(10):
         before = wide(z)
         z.sub_(normal(size, dtype, step, 0.05))
         total += before - wide(z)  # what was really subtracted, after rounding to z's dtype
-        folder.fold(0.3, 0.3)
+        update.apply(0.3, 0.3)
     assert bool(((wide(e) - total).abs() < 10 * 8 * torch.finfo(state).eps).all())
 
 
 @pytest.mark.parametrize("coefficient", [0.0, 0.3, 1.0])
 @pairs
-def test_stand(state: torch.dtype, dtype: torch.dtype, coefficient: float) -> None:
+def test_detached_point(state: torch.dtype, dtype: torch.dtype, coefficient: float) -> None:
     x, e = normal(1000, state, 0), normal(1000, state, 1)
     out = torch.full((1000,), float("nan"), dtype=dtype)
     x_before, e_before = x.clone(), e.clone()
-    stand(x, e, coefficient, out)
+    detached_point(x, e, coefficient, out)
     torch.testing.assert_close(
         wide(out), wide(x) - coefficient * wide(e), rtol=torch.finfo(dtype).eps, atol=8 * torch.finfo(state).eps
     )
@@ -151,7 +151,7 @@ def test_compiled_loops_are_in_use_where_they_are_built() -> None:
 
 def test_coefficient_zero_ignores_even_what_is_not_finite() -> None:
     out = torch.empty(3)
-    stand(torch.ones(3), torch.tensor([float("nan"), float("inf"), 0.0]), 0.0, out)
+    detached_point(torch.ones(3), torch.tensor([float("nan"), float("inf"), 0.0]), 0.0, out)
     assert out.tolist() == [1.0, 1.0, 1.0]
 
 
@@ -165,11 +165,11 @@ def test_a_step_that_subtracts_nothing_leaves_every_bit(
 ) -> None:
     for n in (5, TILE + 17):
         x, e, z = normal(n, state, 0), normal(n, state, 1, 0.1), torch.empty(n, dtype=dtype)
-        folder = Folder(x, e, z)
-        stand(x, e, coefficient, z)  # in one piece: as the parameters are placed after a restart
+        update = ResidualUpdate(x, e, z)
+        detached_point(x, e, coefficient, z)  # in one piece: as the parameters are placed after a restart
         before = bits(x), bits(e), bits(z)
         for _ in range(15):
-            folder.fold(coefficient, coefficient)
+            update.apply(coefficient, coefficient)
         assert [torch.equal(a, b) for a, b in zip(before, (bits(x), bits(e), bits(z)))] == [True] * 3
 
 
@@ -177,10 +177,10 @@ def test_a_changing_coefficient_moves_z_but_not_e() -> None:
     """With coefficient="auto" the parameters stand at another place after each step."""
     n = TILE + 9
     x, e, z = normal(n, torch.float32, 0), normal(n, torch.float32, 1), torch.empty(n)
-    folder, before, placed = Folder(x, e, z), e.clone(), 0.3
-    stand(x, e, placed, z)
+    update, before, placed = ResidualUpdate(x, e, z), e.clone(), 0.3
+    detached_point(x, e, placed, z)
     for coefficient in (0.31, 0.7, 0.0, 1.0, 0.123456, 0.3):
-        folder.fold(placed, coefficient)
+        update.apply(placed, coefficient)
         placed = coefficient
     assert torch.equal(bits(e), bits(before))
 
@@ -194,15 +194,15 @@ def test_rounding_does_not_depend_on_the_position(
     state, dtype = dtypes
     x, e = normal(n + offset, state, 0), normal(n + offset, state, 1)
     whole = torch.empty(n + offset, dtype=dtype)
-    stand(x, e, coefficient, whole)
+    detached_point(x, e, coefficient, whole)
     part = torch.empty(n, dtype=dtype)
-    stand(x[offset:], e[offset:], coefficient, part)
+    detached_point(x[offset:], e[offset:], coefficient, part)
     order = torch.randperm(n + offset, generator=torch.Generator().manual_seed(2))
     gathered = torch.empty(n + offset, dtype=dtype)
-    stand(x[order], e[order], coefficient, gathered)
+    detached_point(x[order], e[order], coefficient, gathered)
     single = [torch.empty(1, dtype=dtype) for _ in range(offset, n + offset)]
     for i, out in enumerate(single):
-        stand(x[offset + i : offset + i + 1], e[offset + i : offset + i + 1], coefficient, out)
+        detached_point(x[offset + i : offset + i + 1], e[offset + i : offset + i + 1], coefficient, out)
     assert torch.equal(bits(part), bits(whole[offset:]))
     assert torch.equal(bits(torch.cat(single)), bits(part))
     assert torch.equal(bits(gathered), bits(whole[order]))
@@ -211,18 +211,18 @@ def test_rounding_does_not_depend_on_the_position(
 POSITIONS = """
 import torch
 from hvd_compress import native
-from hvd_compress.algorithms.residual_update import Folder, stand
+from hvd_compress.algorithms.residual_update import ResidualUpdate, detached_point
 
 native.GRAIN = 10_000
 x, e = (torch.randn(200_003, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
 kept, z = e.clone(), torch.empty(200_003)
 for threads in (1, 3, 2):
     torch.set_num_threads(threads)
-    stand(x, e, 0.3, z)
-    Folder(x, e, z).fold(0.3, 0.3)
+    detached_point(x, e, 0.3, z)
+    ResidualUpdate(x, e, z).apply(0.3, 0.3)
     short = torch.empty_like(z)
     for a, b, c in zip(x.split(601), e.split(601), short.split(601)):
-        stand(a, b, 0.3, c)
+        detached_point(a, b, 0.3, c)
     assert torch.equal(short, z), "rounding depends on the position"
     assert torch.equal(e, kept), f"e has moved with {threads} threads"
 print(torch.backends.cpu.get_cpu_capability())
@@ -256,7 +256,7 @@ def test_any_tile_gives_the_same_bits(n: int, monkeypatch: pytest.MonkeyPatch) -
     for tile in (1, 3, 30, 31, 32, TILE):
         monkeypatch.setattr(residual_update, "TILE", tile)
         x, e, z = (normal(n, torch.float32, seed) for seed in range(3))
-        Folder(x, e, z).fold(0.3, 0.7, 0.5)
+        ResidualUpdate(x, e, z).apply(0.3, 0.7, 0.5)
         results.append((x, e, z))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other))

@@ -1,4 +1,4 @@
-"""What the watch for rewritten parameters sees, on one rank; several ranks are in the multirank jobs."""
+"""The step check for overwritten parameters, on one rank; several ranks are in the multirank jobs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch.nn import Parameter
 
 from hvd_compress.bucket import Bucket, FlatBuffer, ParamEntry
-from hvd_compress.engine.step_check import SAMPLES, RewriteWatch, digest
+from hvd_compress.engine.replica_check import digest
+from hvd_compress.engine.step_check import SAMPLES, StepCheck
 from tests.unit.test_devices import StubCommunicator
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -20,48 +21,48 @@ def point(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> FlatB
     return Bucket("bucket", [ParamEntry(p, f"p{i}", 0) for i, p in enumerate(parameters)]).flat_buffer(dtype)
 
 
-def watching(*points: FlatBuffer) -> RewriteWatch:
-    watch = RewriteWatch(StubCommunicator(1))  # type: ignore[arg-type]
-    watch.remember(points)
-    return watch
+def recorded(*points: FlatBuffer) -> StepCheck:
+    check = StepCheck(StubCommunicator(1))  # type: ignore[arg-type]
+    check.record_parameters(points)
+    return check
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_each_parameter_on_its_own(dtype: torch.dtype) -> None:
     points = point((40, 9), (0, 3), (), (5,), dtype=dtype), point((0,)), point((3,), (2, 2))
-    watch = watching(*points)
-    watch.launch(points)
-    assert watch.rewritten(points) is None
+    check = recorded(*points)
+    check.launch_check(points)
+    assert check.overwritten(points) is None
     points[0].views[2].fill_(1)
     points[2].views[0][1] = 1
-    watch.launch(points)
-    assert watch.rewritten(points) == [[False, False, True, False], [False], [True, False]]
-    watch.remember(points)
+    check.launch_check(points)
+    assert check.overwritten(points) == [[False, False, True, False], [False], [True, False]]
+    check.record_parameters(points)
     points[0].views[0].fill_(torch.nan)
-    watch.launch(points)
-    assert watch.rewritten(points) == [[True, False, False, False], [False], [False, False]]
-    watch.remember(points)
-    watch.launch(points)
-    assert watch.rewritten(points) is None, "NaN that stays where it was"
+    check.launch_check(points)
+    assert check.overwritten(points) == [[True, False, False, False], [False], [False, False]]
+    check.record_parameters(points)
+    check.launch_check(points)
+    assert check.overwritten(points) is None, "NaN that stays where it was"
 
 
 @given(st.integers(1, SAMPLES), st.data())
 def test_of_a_small_parameter_every_element_is_seen(numel: int, data: st.DataObject) -> None:
     points = [point((3,), (numel,), (2,))]
-    watch = watching(*points)
+    check = recorded(*points)
     points[0].views[1][data.draw(st.integers(0, numel - 1))] = 1
-    watch.launch(points)
-    assert watch.rewritten(points) == [[False, True, False]]
+    check.launch_check(points)
+    assert check.overwritten(points) == [[False, True, False]]
 
 
 def test_new_buckets_count_as_rewritten_and_a_row_under_way_ends() -> None:
     points = [point((3,))]
-    watch = watching(*points)
-    watch.launch(points)
+    check = recorded(*points)
+    check.launch_check(points)
     points.append(point((2,)))
-    assert watch.rewritten(points) is None, "launched before the second bucket was cut"
-    watch.launch(points)
-    assert watch.rewritten(points) == [[True], [True]]
+    assert check.overwritten(points) is None, "launched before the second bucket was cut"
+    check.launch_check(points)
+    assert check.overwritten(points) == [[True], [True]]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,0 +1,108 @@
+"""The state of an algorithm that exchanges gradients, before the wrapped optimizer steps."""
+
+from __future__ import annotations
+
+import abc
+from typing import Any, Mapping, Optional, Sequence
+
+from torch import Tensor
+
+from hvd_compress.algorithms.bucket_state import BucketState, Rate, SavedParameter, add_to_views
+from hvd_compress.bucket import FlatBuffer
+from hvd_compress.comm.communicator import Communicator
+
+
+class GradientState(BucketState):
+    """Exchanges gradients: ``accumulate_grad`` and ``start`` may run during backward, ``finish`` in ``synchronize()``.
+
+    Attributes:
+        has_residual: whether a gradient may count at later steps: then also a parameter without one has a result.
+        residual_lr: learning rate at which the residual is an update; None: the rate of the step it is sent at.
+    """
+
+    has_residual: bool = True
+    residual_lr: Optional[float] = None
+
+    def accumulate_grad(self, index: int, gradient: Tensor, rate: Rate) -> Optional[Tensor]:
+        """Take the final gradient of the bucket's parameter ``index`` while it is still in the cache.
+
+        Returns:
+            None if this state waits for ``start``; else what becomes ``p.grad``, of undefined content until
+            ``finish``.
+        """
+        return None
+
+    @abc.abstractmethod
+    def discard_step(self) -> None:
+        """Forget that the step has begun: it will not be finished."""
+
+    @abc.abstractmethod
+    def drain(self) -> None:
+        """Wait for what ``start`` has launched, on all ranks, and make no use of it."""
+
+    @abc.abstractmethod
+    def start(self, step: int, gradients: Sequence[Optional[Tensor]], rate: Rate) -> None:
+        """Compensate, encode, launch; a gradient that is missing counts as zeros."""
+
+    @abc.abstractmethod
+    def finish(self) -> list[Tensor]:
+        """Wait, and return what ``p.grad`` shall be, for each parameter of the bucket."""
+
+    def residual_rescale(self, rate: Rate, rescale: bool) -> float:
+        """Go on to the rate of this step and return the factor that keeps the residual's update as it was.
+
+        A rate of 0 is passed over: the residual counts at the last positive one.
+
+        Args:
+            rescale: the algorithm's ``rescale_residual``; False: the factor is always 1.
+        """
+        if not rescale or rate.scale_free:
+            self.residual_lr = None
+            return 1.0
+        if rate.lr <= 0:
+            return 1.0
+        factor = self.residual_lr / rate.lr if self.residual_lr else 1.0
+        self.residual_lr = rate.lr
+        return factor
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "residual_lr": self.residual_lr}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        super().load_state_dict(saved)
+        self.residual_lr = saved["residual_lr"]
+
+    def pending_buffer(self) -> Optional[FlatBuffer]:
+        """Return the buffer that joins the next gradient, or None if this state has no residual."""
+        return None
+
+    def restore(self, parts: Mapping[str, SavedParameter], own: bool) -> set[str]:
+        self.clear_residual()
+        names = self.bucket.layout.names
+        pending = {n: parts[n] for n in names if n in parts and parts[n].pending is not None} if own else {}
+        buffer = self.pending_buffer() if pending else None
+        if buffer is None:
+            return set()
+        # The residual keeps the rate of the first parameter, so that a state of one rate is restored without rounding.
+        self.residual_lr = next((part.lr for part in pending.values() if part.lr), self.residual_lr)
+        values = {}
+        for name, part in pending.items():
+            assert part.pending is not None
+            factor = part.lr / self.residual_lr if part.lr and self.residual_lr else 1.0
+            values[name] = part.pending, factor
+        return add_to_views(buffer, names, values)
+
+    @abc.abstractmethod
+    def pending_gradient(self) -> Optional[Tensor]:
+        """Return a new flat vector whose mean over ranks the aggregates still lack, in ``p.grad``'s units, or None."""
+
+    def pending_update(self, lr: float) -> Optional[Tensor]:
+        pending = self.pending_gradient()
+        return None if pending is None else pending.mul_(lr if self.residual_lr is None else self.residual_lr)
+
+    def shared_point(self, comm: Communicator) -> Optional[Tensor]:
+        return None
+
+    def reset_to(self, point: Tensor) -> None:
+        self.bucket.write_params(point)
+        self.clear_residual()

@@ -1,0 +1,175 @@
+"""The engine of algorithms that exchange gradients: in backward as buckets fill, or in ``synchronize()``."""
+
+from __future__ import annotations
+
+from typing import Any, Callable, Sequence, cast
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from hvd_compress.algorithms.gradient_state import GradientState
+from hvd_compress.comm.communicator import Communicator, is_elastic
+from hvd_compress.engine import grad_scaler, sparse
+from hvd_compress.engine.agreement import Options
+from hvd_compress.engine.autograd_hooks import no_compile
+from hvd_compress.engine.learning_rate import RatesInBackward, rate_of
+from hvd_compress.engine.reducer import Reducer
+
+
+class GradientReducer(Reducer):
+    """Exchanges gradients and leaves the aggregate in ``p.grad`` before the wrapped optimizer steps."""
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, names: dict[Parameter, str], comm: Communicator, options: Options
+    ) -> None:
+        super().__init__(optimizer, names, comm, options)
+        self._rates = RatesInBackward()
+        self._checks_ranks = not options.algorithm.allreduce_only
+        self._ready: list[int] = []  # of each bucket, the number of its gradients that are final
+        self._started: set[int] = set()
+
+    @property
+    def states(self) -> Sequence[GradientState]:
+        """The algorithm's states, one per bucket."""
+        return cast("Sequence[GradientState]", self._partition.states)
+
+    # -- during backward ---------------------------------------------------------------------------------
+
+    def _on_first(self) -> None:
+        if self._checks_ranks:
+            self._check.launch_check(())
+
+    def _on_ready(self, parameter: Parameter) -> None:
+        index = self._partition.home.get(parameter)
+        if index is None or not self._built:
+            return
+        state = self.states[index]
+        rate = self._rates.rate_in_backward(index, self.optimizer, state, self.tracker.scaler_now)
+        if rate is None:
+            return
+        self._ready[index] += 1
+        gradient = cast(Tensor, parameter.grad)
+        # With several passes a refused extra one must still find the sum in p.grad.
+        if self.tracker.passes == 1 and not gradient.is_sparse:
+            target = state.accumulate_grad(self._partition.place[parameter], gradient, rate)
+            if target is not None and target is not gradient:
+                parameter.grad = target
+        if self._ready[index] == len(state.bucket.parameters):
+            self._start(index)
+
+    @no_compile
+    def _start(self, index: int) -> None:
+        if self._checks_ranks:
+            self._check.require_all_ranks()
+        state = self.states[index]
+        gradients = [
+            p.grad.to_dense() if p.grad is not None and p.grad.is_sparse else p.grad for p in state.bucket.parameters
+        ]
+        with self.recorder.timing("encode_seconds"):
+            state.start(self.step, gradients, rate_of(self.optimizer, state.bucket, self.tracker.scaler_now))
+        self._started.add(index)
+
+    # -- in synchronize() --------------------------------------------------------------------------------
+
+    @no_compile
+    @torch.no_grad()
+    def synchronize(self) -> bool:
+        """Exchange gradients and leave the aggregate in ``p.grad``.
+
+        Returns:
+            True if a rank's scaled gradients overflowed: then nothing was exchanged, no residual was
+            touched, and every rank has an infinity in its gradients, for its GradScaler to find.
+        """
+        self.sync_buckets()
+        tracked = self.tracker.tracked
+        if self.tracker.scaler is not None and self.comm.any_rank(grad_scaler.overflowed(tracked)):
+            grad_scaler.poison(tracked)
+            self.reset_pass_counts()
+            return True
+        self._rates.note_step_rate(self.optimizer, self.states)
+        try:
+            self._exchange()
+        except BaseException:
+            for state in self.states:
+                state.discard_step()
+            raise
+        finally:
+            # Also after a failed collective: an elastic job goes on from here.
+            self.reset_pass_counts()
+        self.step += 1
+        self.recorder.close_step()
+        return False
+
+    def _exchange(self) -> None:
+        for index in range(len(self.states)):
+            if index not in self._started:
+                self._start(index)
+        names = [self.tracker.names[p] for p in self._partition.sparse]
+        waits = sparse.launch(self.comm, self._partition.sparse, names, self.reduction.op)
+        # Later rounds are launched here, in one order on every rank, whatever the order of hooks.
+        with self.recorder.timing("encode_seconds"):
+            for state in self.states:
+                state.next_round()
+        with self.recorder.timing("decode_seconds"):
+            for state in self.states:
+                self._write_gradients(state)
+        for parameter, wait in zip(self._partition.sparse, waits):
+            result = wait()
+            if parameter.grad is not None or self.tracker.counts_passes:
+                parameter.grad = result
+
+    def _write_gradients(self, state: GradientState) -> None:
+        for parameter, result in zip(state.bucket.parameters, state.finish()):
+            if parameter.grad is None and not self.tracker.counts_passes and not state.has_residual:
+                continue  # one rank: as the wrapped optimizer alone would see it
+            if parameter.grad is not None and parameter.grad.is_sparse:
+                result = result.to_sparse(1)
+            if parameter.grad is not result:
+                parameter.grad = result
+
+    def wrap_closure(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """Return a closure whose gradients are exchanged and whose loss is averaged each time it runs."""
+
+        def synchronized_closure() -> Any:
+            with torch.enable_grad():
+                loss = closure()
+            if self.comm.member:
+                self.synchronize()
+            return self._mean_loss(loss)
+
+        return synchronized_closure
+
+    def _mean_loss(self, loss: Any) -> Any:
+        """Return the mean over ranks of what a closure returned if it is a number, so that line searches agree."""
+        number = loss.numel() == 1 if isinstance(loss, Tensor) else isinstance(loss, (int, float))
+        if not self.comm.member or self.comm.size == 1 or not number:
+            return loss
+        value = torch.as_tensor(loss).detach().to(torch.float64).reshape(()).clone()
+        mean = self.comm.allreduce(value, "loss")
+        return mean.to(loss.dtype) if isinstance(loss, Tensor) else float(mean)
+
+    # -- bookkeeping -------------------------------------------------------------------------------------
+
+    def set_passes(self, passes: int) -> None:
+        if self.tracker.fired:
+            # Buckets that were started need their names and buffers again, and peers may have started others (after a
+            # failure in an elastic job no peer answers any more).
+            if self._started and not is_elastic():
+                for index in range(len(self.states)):
+                    if index not in self._started:
+                        self._start(index)
+                for state in self.states:
+                    state.drain()
+            for state in self.states:
+                state.discard_step()
+        super().set_passes(passes)
+
+    def reset_pass_counts(self) -> None:
+        super().reset_pass_counts()
+        self._started = set()
+        self._ready = [0] * len(self.states)
+
+    def build(self) -> None:
+        super().build()
+        self._ready += [0] * (len(self.states) - len(self._ready))

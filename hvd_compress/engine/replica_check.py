@@ -1,0 +1,59 @@
+"""The check that the shared model has the same bits on every rank."""
+
+from __future__ import annotations
+
+from typing import Sequence
+
+import torch
+from torch import Tensor
+
+from hvd_compress.algorithms.base import State
+from hvd_compress.algorithms.update_state import UpdateState
+from hvd_compress.comm.communicator import Communicator
+from hvd_compress.compressors.base import pieces
+
+TILE = 2**16
+
+
+def digest(values: Tensor) -> Tensor:
+    """Return an int64 that depends on every bit of the vector ``values`` and on their order."""
+    bits = values.view(torch.int16 if values.element_size() == 2 else torch.int32)
+    tile = min(bits.numel(), TILE) if bits.device.type == "cpu" else bits.numel()
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    if not tile:
+        return total
+    weights = torch.arange(1, tile + 1, device=bits.device) * 2654435761 | 1
+    for part in torch.split(bits, tile):
+        total = total * 6364136223846793005 + (part * weights[: part.numel()]).sum()
+    return total ^ (total >> 32)  # of round numbers the low bits are zeros
+
+
+def check_replicas(comm: Communicator, states: Sequence[State], step: int) -> None:
+    """Raise RuntimeError on every rank unless the shared model has the same bits everywhere (collective).
+
+    Args:
+        states: of all buckets; those whose ranks have models of their own are left out.
+        step: number of the last step, for the message.
+    """
+    replicated = [state for state in states if state.replicated]
+    rows = [digest(values) for state in replicated for values in _shared_values(state)]
+    names = [name for state in replicated for name in state.bucket.layout.names]
+    if not rows:
+        return
+    every = comm.allgather(torch.stack(rows).cpu(), "replicas").view(comm.size, -1)
+    different = (every != every[0]).any(dim=0).nonzero()
+    if different.numel():
+        name = names[int(different[0])]
+        ranks = (every[:, int(different[0])] != every[0, int(different[0])]).nonzero().flatten().tolist()
+        raise RuntimeError(
+            f"replicas differ: after step {step} parameter {name!r} of the shared model is not the same on rank 0 and "
+            f"on rank(s) {ranks} (seen by rank {comm.rank}). Was a parameter written on some ranks only? Broadcast the "
+            "parameters again, or restart from a checkpoint"
+        )
+
+
+def _shared_values(state: State) -> list[Tensor]:
+    """Return the shared model of a bucket, a vector per parameter."""
+    if isinstance(state, UpdateState):
+        return list(pieces(state.shared.flat, state.bucket.layout.numels))
+    return [p.data.contiguous().view(-1) for p in state.bucket.parameters]

@@ -1,0 +1,124 @@
+"""The parameters of one optimizer: hooks that see gradients arrive, and backward passes counted."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, Callable, Iterator, Optional, cast
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from hvd_compress.bucket import ParamEntry
+from hvd_compress.comm.communicator import Communicator, is_elastic
+from hvd_compress.engine import grad_scaler
+from hvd_compress.engine.autograd_hooks import graph_wanted, too_many_passes, weak_hook
+
+
+class ParameterTracker:
+    """Parameters of one optimizer, and how far the backward passes of a step have come.
+
+    Args:
+        optimizer: the distributed optimizer; only a weak reference is kept.
+        names: names of all parameters.
+        comm: collectives of the optimizer's process set.
+        passes: backward passes per step.
+
+    Attributes:
+        tracked: parameters that have a hook, in the order in which they got it.
+        newcomers: parameters that have been added since the ranks agreed on them.
+        on_first: called with the first gradient of a step.
+        on_ready: called with each parameter whose gradient is final.
+        scaler: the last GradScaler seen.
+        scaled: whether this step's gradients came from it.
+        fired: whether a gradient has arrived since the last step.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, names: dict[Parameter, str], comm: Communicator, passes: int
+    ) -> None:
+        # The optimizer refers to this: with a strong reference back it would take a garbage collection to free both.
+        self._optimizer = weakref.ref(optimizer)
+        self.names, self.passes = names, passes
+        self._comm = comm
+        self.tracked: list[Parameter] = []
+        self.newcomers: set[Parameter] = set()
+        self.on_first: Callable[[], None] = lambda: None
+        self.on_ready: Callable[[Parameter], None] = lambda parameter: None
+        self.scaler: Optional[Any] = None
+        self.scaled = False
+        self.fired = False
+        self._passes_left: dict[Parameter, int] = {}
+        # One rank needs no hooks to exchange, only to see loss scaling; passes are not counted then.
+        self.counts_passes = comm.member and (comm.size > 1 or is_elastic())
+        self.track()
+        self.newcomers.clear()
+
+    @property
+    def optimizer(self) -> Any:
+        """The optimizer whose parameters these are."""
+        optimizer = self._optimizer()
+        assert optimizer is not None
+        return optimizer
+
+    @property
+    def busy(self) -> bool:
+        """True from the first gradient of a step to its ``synchronize()`` or ``step()``."""
+        return self.fired and self.counts_passes
+
+    @property
+    def scaler_now(self) -> Optional[Any]:
+        """The GradScaler of this step's gradients; a rank without any goes by the last step that had some."""
+        return None if self.fired and not self.scaled else self.scaler
+
+    def entries(self) -> Iterator[ParamEntry]:
+        """Yield the tracked parameters in the optimizer's order."""
+        for index, group in enumerate(self.optimizer.param_groups):
+            for parameter in group["params"]:
+                if parameter in self._passes_left:
+                    yield ParamEntry(parameter, self.names[parameter], index)
+
+    def track(self) -> bool:
+        """Hook parameters that require a gradient and have no hook yet; return whether there were any."""
+        if not self._comm.member:
+            return False
+        found = False
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.requires_grad and parameter not in self._passes_left:
+                    found = True
+                    self._passes_left[parameter] = self.passes
+                    self.tracked.append(parameter)
+                    self.newcomers.add(parameter)
+                    parameter.register_post_accumulate_grad_hook(weak_hook(self._on_gradient))
+        return found
+
+    def reset(self) -> None:
+        """Count backward passes anew: a step is complete, or given up."""
+        self.fired = False
+        for parameter in self._passes_left:
+            self._passes_left[parameter] = self.passes
+
+    def _on_gradient(self, parameter: Tensor) -> None:
+        if self._optimizer() is None:
+            return  # dropped, and not yet collected: the model has been given to another optimizer
+        p = cast(Parameter, parameter)
+        if not self.fired:
+            self.fired = True
+            self.scaled = grad_scaler.running_scaler() is not None
+            self.on_first()
+        if self.scaled:
+            self.scaler = grad_scaler.running_scaler()
+        if not self.counts_passes:
+            return
+        self._count_pass(p)
+        # Under loss scaling nothing may leave before all ranks know that none of them has overflowed.
+        if self._passes_left[p] == 0 and not self.scaled:
+            self.on_ready(p)
+
+    def _count_pass(self, p: Parameter) -> None:
+        if self._passes_left[p] <= 0:
+            raise too_many_passes(self.names[p], self._comm.rank, self.passes)
+        self._passes_left[p] -= 1
+        if cast(Tensor, p.grad).requires_grad:
+            raise graph_wanted(self.names[p], self._comm.rank)
