@@ -36,11 +36,11 @@ class Algorithm(abc.ABC):
     @property
     @abc.abstractmethod
     def exchanges_updates(self) -> bool:
-        """Whether the wrapped optimizer steps first, locally, and what it subtracted is exchanged."""
+        """True if the wrapped optimizer steps first, locally, and what it subtracted is exchanged."""
 
     @property
     def local_models(self) -> bool:
-        """Whether gradients are exchanged, and yet each rank trains a model of its own."""
+        """True if gradients are exchanged, and yet each rank trains a model of its own."""
         return False
 
     @property
@@ -55,7 +55,7 @@ class Algorithm(abc.ABC):
 
     @property
     def allreduce_only(self) -> bool:
-        """Whether nothing but allreduces is used, which is all that works once a rank has called ``hvd.join()``."""
+        """True if nothing but allreduces is used, which is all that works once a rank has called ``hvd.join()``."""
         return True
 
     @abc.abstractmethod
@@ -67,7 +67,7 @@ class Algorithm(abc.ABC):
 
 
 class _OfBuckets(Algorithm):
-    """What algorithms of gradients and of updates have in common.
+    """The part that algorithms of gradients and of updates share.
 
     Attributes:
         compressor: what travels; algorithms without one override ``bucket_limit``.
@@ -77,7 +77,7 @@ class _OfBuckets(Algorithm):
 
     @property
     def rescale_residual(self) -> bool:
-        """Whether the residual keeps its size in update units when the learning rate changes."""
+        """True if the residual keeps its size in update units when the learning rate changes."""
         return True
 
     @property
@@ -107,7 +107,7 @@ class GradientAlgorithm(_OfBuckets):
 
     @property
     def splits_groups(self) -> bool:
-        """Whether parameter groups get buckets of their own: their learning rates matter."""
+        """True if parameter groups get buckets of their own, as their learning rates matter."""
         return True
 
     def choose(self, entry: ParamEntry) -> BucketAlgorithm:
@@ -130,7 +130,7 @@ class UpdateAlgorithm(_OfBuckets):
 
     @property
     def masking(self) -> bool:
-        """Whether the wrapped optimizer's momentum is cleared where it was sent."""
+        """True if the wrapped optimizer's momentum is cleared where it was sent."""
         return False
 
     @property
@@ -139,7 +139,7 @@ class UpdateAlgorithm(_OfBuckets):
 
     @property
     def splits_groups(self) -> bool:
-        """Whether parameter groups get buckets of their own: their learning rates matter."""
+        """True if parameter groups get buckets of their own, as their learning rates matter."""
         return not self.rescale_residual
 
     def choose(self, entry: ParamEntry) -> BucketAlgorithm:

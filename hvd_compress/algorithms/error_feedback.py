@@ -74,7 +74,7 @@ class _EFState(GradientState):
             self._loss_scale = rate.loss_scale
 
     def _compensate(self, views: list[Tensor], gradients: list[Tensor]) -> None:
-        """p = g + ratio * e, in place of e."""
+        """Compute ``p = g + ratio * e``, in place of e."""
         ratio = 1.0 if self._ratio is None else self._ratio
         if ratio != 1.0 and self._loss_scale == 1.0 and self.bucket.device.type == "cpu":
             for view, gradient in zip(views, gradients):  # one pass over the residual instead of two

@@ -77,7 +77,7 @@ class UpdateState(BucketState):
         self.exchange.set_step(step)
 
     def accumulate_update(self, lr: float) -> None:
-        """e = e + u in one pass, where u is what the wrapped optimizer has subtracted; z goes to its next point."""
+        """Compute ``e = e + u``, where u is what the wrapped optimizer has subtracted; z goes to its next point."""
         self._update.apply(self.local_coefficient, self.next_coefficient, self.rescale_for_lr(lr))
         self.local_coefficient = self.next_coefficient
 
@@ -99,7 +99,7 @@ class UpdateState(BucketState):
         self.mask_momentum()
 
     def apply_aggregate(self) -> None:
-        """e = e - C(e);  x = x - aggregate;  z = x - coefficient * e."""
+        """Compute ``e = e - C(e);  x = x - aggregate;  z = x - coefficient * e``."""
         self.exchange.subtract_sent(self.residual.flat)
         self.exchange.add_aggregate(self.shared.flat, -1.0)
         self.write_local_point()

@@ -45,7 +45,7 @@ def uses_mpi() -> bool:
 
 
 class Reduction(NamedTuple):
-    """How ranks are combined, in Horovod's terms.
+    """A way of combining ranks, in Horovod's terms.
 
     Attributes:
         op: Average or Sum.
@@ -114,7 +114,7 @@ class Communicator:
 
     @property
     def member(self) -> bool:
-        """Whether this rank belongs to the process set."""
+        """True if this rank belongs to the process set."""
         return bool(self.process_set.included())
 
     @property
@@ -124,7 +124,7 @@ class Communicator:
 
     @property
     def rank(self) -> int:
-        """This rank within the process set."""
+        """Rank of this process within the process set."""
         return int(self.process_set.rank())
 
     @property

@@ -1,4 +1,4 @@
-"""This rank's gradients before its own optimizer steps with them, for algorithms that exchange updates."""
+"""Local gradients before the rank's own optimizer steps with them, for algorithms that exchange updates."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ class Reducer(abc.ABC):
 
     @property
     def exchanged_reduction(self) -> Reduction:
-        """How ranks are combined in what is exchanged."""
+        """Op and predivide factor of what is exchanged."""
         return self.reduction
 
     def _optimizer_state(self, parameter: Parameter) -> dict[str, Any]:
@@ -114,7 +114,7 @@ class Reducer(abc.ABC):
     # -- buckets -----------------------------------------------------------------------------------------
 
     def track(self) -> None:
-        """Hook new and unfrozen parameters; they get buckets at the next exchange."""
+        """Register hooks on new and unfrozen parameters; they get buckets at the next exchange."""
         if self.tracker.track():
             self._built = False
 

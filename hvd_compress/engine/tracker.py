@@ -79,7 +79,7 @@ class ParameterTracker:
                     yield ParamEntry(parameter, self.names[parameter], index)
 
     def track(self) -> bool:
-        """Hook parameters that require a gradient and have no hook yet; return whether there were any."""
+        """Register hooks on parameters that require a gradient and have none yet; return whether there were any."""
         if not self._comm.member:
             return False
         found = False

@@ -1,4 +1,4 @@
-"""How payloads travel: one kind of exchange per file, chosen by the type of a compressor's codec."""
+"""The ways in which payloads travel: one kind of exchange per file, chosen by the type of a compressor's codec."""
 
 from hvd_compress.exchange.allgather import AllgatherExchange
 from hvd_compress.exchange.allreduce import AllreduceExchange

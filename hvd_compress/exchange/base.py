@@ -19,7 +19,7 @@ def _stateless(parameter: Parameter) -> dict[str, Any]:
 
 
 class Context(NamedTuple):
-    """What the optimizer lends to the state of a bucket and to its exchange.
+    """Access of a bucket's state and exchange to the optimizer.
 
     Attributes:
         comm: collectives of the optimizer's process set.
@@ -33,7 +33,7 @@ class Context(NamedTuple):
 
     @property
     def sum_factor(self) -> int:
-        """What a mean over ranks is multiplied with to be the aggregate: 1 for Average, the number of ranks for Sum."""
+        """Factor from a mean over ranks to the aggregate: 1 for Average, the number of ranks for Sum."""
         return 1 if self.reduction.op == Average else self.comm.size
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import reprlib
 import warnings
 from numbers import Real
-from typing import Any, Iterable, Mapping, Optional
+from typing import Any, Iterable, Mapping, Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ def require_horovod() -> None:
 
 
 def algorithm_of(compression: Any) -> Algorithm:
-    """The algorithm for the argument ``compression``: ours, or one of Horovod's ``Compression`` classes.
+    """Return the algorithm for the argument ``compression``: ours, or one of Horovod's ``Compression`` classes.
 
     Raises:
         ValueError: for anything else; a bare compressor gets told what to wrap it in.
@@ -67,7 +67,7 @@ def adasum_compression(compression: Any) -> Any:
 
 
 def check_reduction(op: int, gradient_predivide_factor: float, backward_passes_per_step: int) -> None:
-    """Horovod's own checks, with its messages."""
+    """Check op, predivide factor and passes as Horovod does, with its messages."""
     if op not in (Average, Sum, Adasum):
         raise ValueError(f"DistributedOptimizer: op={op!r} is not allowed; it must be Average, Sum or Adasum")
     if gradient_predivide_factor != 1.0 and op != Average:
@@ -115,12 +115,12 @@ def refuse_complex(parameters: Iterable[Parameter], names: Mapping[Parameter, st
 
 
 def _short(value: Any) -> str:
-    """``repr`` without the many lines of a model."""
+    """Return ``repr`` without the many lines of a model."""
     return reprlib.repr(value) if isinstance(value, (str, list, tuple, dict)) else " ".join(repr(value).split())[:80]
 
 
 def resolve_groups(num_groups: int, groups: Groups) -> Groups:
-    """``groups``, with the deprecated ``num_groups`` folded in; raises Horovod's ValueErrors."""
+    """Return ``groups``, with the deprecated ``num_groups`` folded in; raises Horovod's ValueErrors."""
     if num_groups != 0:
         warnings.warn(
             "Parameter `num_groups` has been replaced by `groups` and will be removed in v0.23.0.",
@@ -136,27 +136,32 @@ def resolve_groups(num_groups: int, groups: Groups) -> Groups:
             f"groups should be a non-negative integer or a list of list of torch.Tensor. (groups={_short(groups)})"
         )
     if not isinstance(groups, int):
-        seen: set[int] = set()
-        for team in groups:
-            # The rows of a tensor would pass for tensors of a group.
-            if isinstance(team, Tensor) or not hasattr(team, "__len__"):
-                raise ValueError(
-                    "groups should be a non-negative integer or a list of list of torch.Tensor. (groups holds "
-                    f"{_short(team)}, which is no list)"
-                )
-            for p in team:
-                if not isinstance(p, Tensor):
-                    raise ValueError("groups must consist of torch.Tensor.")
-                if id(p) in seen:
-                    raise ValueError("A parameter can only appear once in groups.")
-                seen.add(id(p))
+        _check_lists(groups)
     return groups
+
+
+def _check_lists(groups: Sequence[Sequence[Tensor]]) -> None:
+    """Raise ValueError unless ``groups`` are lists of tensors, each tensor in one of them."""
+    seen: set[int] = set()
+    for group in groups:
+        # The rows of a tensor would pass for tensors of a group.
+        if isinstance(group, Tensor) or not hasattr(group, "__len__"):
+            raise ValueError(
+                "groups should be a non-negative integer or a list of list of torch.Tensor. (groups holds "
+                f"{_short(group)}, which is no list)"
+            )
+        for p in group:
+            if not isinstance(p, Tensor):
+                raise ValueError("groups must consist of torch.Tensor.")
+            if id(p) in seen:
+                raise ValueError("A parameter can only appear once in groups.")
+            seen.add(id(p))
 
 
 def parameter_names(
     optimizer: torch.optim.Optimizer, named_parameters: Optional[Iterable[tuple[str, Parameter]]]
 ) -> dict[Parameter, str]:
-    """Name of every parameter; raises Horovod's three ValueErrors. Names of other parameters are kept."""
+    """Return the name of every parameter; raises Horovod's three ValueErrors. Names of other parameters are kept."""
     groups = optimizer.param_groups
     if named_parameters is None:
         return {p: f"allreduce.noname.{i}.{j}" for i, group in enumerate(groups) for j, p in enumerate(group["params"])}

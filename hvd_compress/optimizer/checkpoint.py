@@ -207,8 +207,8 @@ class OptimizerCheckpoint:
             warnings.warn(
                 f"hvd_compress: the optimizer state holds pending updates of {len(lost)} parameter(s), the first "
                 f"{lost[0]!r}, that cannot be restored here (rank {self._reducer.comm.rank}): they have another "
-                "algorithm now, or are not trained; these updates are lost. Call optimizer.flush() on all ranks before saving a "
-                "state that is to be loaded so",
+                "algorithm now, or are not trained; these updates are lost. Call optimizer.flush() on all ranks before "
+                "saving a state that is to be loaded so",
                 stacklevel=5,
             )
 

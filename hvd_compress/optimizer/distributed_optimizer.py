@@ -226,14 +226,14 @@ class _DistributedOptimizer(torch.optim.Optimizer):
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """torch's ``zero_grad``; AssertionError between ``backward()`` and ``step()``/``synchronize()``."""
+        """Do torch's ``zero_grad``; AssertionError between ``backward()`` and ``step()``/``synchronize()``."""
         if self._reducer.tracker.busy:
             raise AssertionError(_ZERO_GRAD_TOO_EARLY)
         # Some optimizers' own zero_grad knows no argument.
         self._hvd_base.zero_grad(self, **({} if set_to_none else {"set_to_none": False}))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """torch's ``add_param_group``; parameters not in ``named_parameters`` are named by their position."""
+        """Do torch's ``add_param_group``; parameters not in ``named_parameters`` are named by their position."""
         self._consensus.forbid("add_param_group()")
         self._hvd_base.add_param_group(self, param_group)
         index = len(self.param_groups) - 1
