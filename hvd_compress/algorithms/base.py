@@ -67,13 +67,7 @@ class Algorithm(abc.ABC):
 
 
 class _OfBuckets(Algorithm):
-    """The part that algorithms of gradients and of updates share.
-
-    Attributes:
-        compressor: what travels; algorithms without one override ``bucket_limit``.
-    """
-
-    compressor: Compressor
+    """The part that algorithms of gradients and of updates share."""
 
     @property
     def rescale_residual(self) -> bool:
@@ -87,15 +81,17 @@ class _OfBuckets(Algorithm):
 
     def bucket_limit(self, ranks: int) -> float:
         """Return the bytes of parameters after which a bucket is closed in any case: Horovod counts in 32 bits."""
-        return payload_limit(self.compressor, ranks)
-
-    @property
-    def allreduce_only(self) -> bool:
-        return self.compressor.combine is not Combine.GATHER
+        return BUCKET_LIMIT
 
 
 class GradientAlgorithm(_OfBuckets):
-    """Base of algorithms that exchange gradients before the wrapped optimizer steps."""
+    """Base of algorithms that exchange gradients before the wrapped optimizer steps.
+
+    Attributes:
+        compressor: what travels.
+    """
+
+    compressor: Compressor
 
     @property
     def exchanges_updates(self) -> bool:
@@ -104,6 +100,13 @@ class GradientAlgorithm(_OfBuckets):
     @property
     def bucket_bytes(self) -> float:
         return max(BUCKET_BYTES, PAYLOAD_BYTES / self.compressor.payload_ratio)
+
+    def bucket_limit(self, ranks: int) -> float:
+        return payload_limit(self.compressor, ranks)
+
+    @property
+    def allreduce_only(self) -> bool:
+        return self.compressor.combine is not Combine.GATHER
 
     @property
     def splits_groups(self) -> bool:

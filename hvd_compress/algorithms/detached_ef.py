@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hvd_compress import validation
-from hvd_compress.algorithms.base import UpdateAlgorithm, require_combining
+from hvd_compress.algorithms.base import UpdateAlgorithm, payload_limit, require_combining
 from hvd_compress.algorithms.residual_update import Coefficient, ResidualUpdate, detached_point
 from hvd_compress.algorithms.update_state import UpdateState
 from hvd_compress.bucket import Bucket
@@ -82,6 +82,13 @@ class DEF(UpdateAlgorithm):
                 "every coordinate; use one that selects coordinates, such as TopK or RandomBlock"
             )
         validation.positive_or_none("DEF", "clip_norm", self.clip_norm)
+
+    @property
+    def allreduce_only(self) -> bool:
+        return self.compressor.combine is not Combine.GATHER
+
+    def bucket_limit(self, ranks: int) -> float:
+        return payload_limit(self.compressor, ranks)
 
     def make_exchange(self, bucket: Bucket, context: Context) -> ExchangeSchedule:
         return ExchangeSchedule(bucket, self.compressor, context)

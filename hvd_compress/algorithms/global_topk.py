@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hvd_compress import validation
-from hvd_compress.algorithms.base import UpdateAlgorithm, payload_limit
+from hvd_compress.algorithms.base import UpdateAlgorithm
 from hvd_compress.bucket import Bucket
 from hvd_compress.comm import mpi_tree
 from hvd_compress.comm.communicator import Communicator
@@ -48,9 +48,6 @@ class GlobalTopK(UpdateAlgorithm):
 
     def check(self, comm: Communicator) -> None:
         mpi_tree.require("GlobalTopK", comm)
-
-    def bucket_limit(self, ranks: int) -> float:
-        return payload_limit(None, ranks)
 
     def make_exchange(self, bucket: Bucket, context: Context) -> Exchange:
         return TopKTreeExchange(bucket, TopK(self.density), context)

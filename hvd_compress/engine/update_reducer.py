@@ -8,6 +8,7 @@ import torch
 from torch.nn import Parameter
 
 from hvd_compress.algorithms.update_state import UpdateState
+from hvd_compress.bucket import FlatBuffer
 from hvd_compress.comm.communicator import Average, Communicator, Reduction
 from hvd_compress.engine import local_gradients
 from hvd_compress.engine.agreement import Options
@@ -35,13 +36,14 @@ class UpdateReducer(Reducer):
         return Reduction(Average, self.reduction.predivide)
 
     def _on_first(self) -> None:
-        if self._built and self.local_steps_done == 0 and not self._stepping:
-            self._launch_check()
-
-    def _launch_check(self) -> None:
-        if self.states:
+        if self._built and self.states and self.local_steps_done == 0 and not self._stepping:
             self._ensure_params()
-            self._check.launch_check([state.local for state in self.states])
+            self._check.launch_check(self._points)
+
+    @property
+    def _points(self) -> list[FlatBuffer]:
+        """This rank's own points, bucket by bucket: what the parameters hold."""
+        return [state.local for state in self.states]
 
     def _ensure_params(self) -> None:
         """Move parameters back into the flat vectors if a script has given one other memory (``p.data = ...``)."""
@@ -86,20 +88,19 @@ class UpdateReducer(Reducer):
             return
         self.sync_buckets()
         self._stepping = True
-        self._ensure_params()
         self._clip()
 
     def sync_buckets(self) -> None:
         super().sync_buckets()
+        self._ensure_params()
         if self.local_steps_done == 0 and self.states:
             self._adopt_overwritten()
 
     def _adopt_overwritten(self) -> None:
         """Adopt as shared model the parameters that every rank has overwritten with equal values."""
-        points = [state.local for state in self.states]
-        self._launch_check()
+        self._check.launch_check(self._points)
         before = self.comm.bytes_sent
-        overwritten = self._check.overwritten(points, first=self.step == 0)
+        overwritten = self._check.overwritten(self._points, first=self.step == 0)
         self.recorder.exclude_bytes(before)
         if not self.algorithm.allreduce_only:
             self._check.raise_if_joined()
@@ -109,7 +110,7 @@ class UpdateReducer(Reducer):
             self.record_parameters()
 
     def record_parameters(self) -> None:
-        self._check.record_parameters([state.local for state in self.states])
+        self._check.record_parameters(self._points)
 
     def after_step(self) -> None:
         """Exchange what the wrapped optimizer has subtracted, if it is time to."""

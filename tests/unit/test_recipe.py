@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.multirank.harness import launch
+
 ROOT = Path(__file__).resolve().parents[2]
 TRIAL = """
 import horovod.torch as hvd
@@ -84,3 +86,54 @@ def test_without_the_line_it_is_not_there(tmp_path: Path) -> None:
     ended = attempt(tmp_path, "strided", with_line=False)
     assert ended.returncode != 0
     assert "Strided" in ended.stderr
+
+
+VOTING = """
+import horovod.torch as hvd
+import torch
+import hvd_compress
+from hvd_compress.algorithms.majority_vote import MajorityVote
+
+hvd.init()
+assert hvd_compress.__file__.startswith(DIRECTORY), hvd_compress.__file__
+torch.manual_seed(hvd.rank())
+data, target = torch.randn(40, 5), torch.randn(40, 3)
+model = torch.nn.Linear(5, 3).double()
+hvd.broadcast_parameters(model.state_dict(), root_rank=0)
+sgd = torch.optim.SGD(model.parameters(), lr=0.02)
+optimizer = hvd_compress.DistributedOptimizer(sgd, model.named_parameters(), compression=MajorityVote())
+optimizer.check_replicas = True
+
+
+def virtual():
+    with optimizer.consensus("virtual"):
+        return torch.cat([p.detach().reshape(-1) for p in model.parameters()]).clone()
+
+
+losses = []
+for step in range(60):
+    before = virtual()
+    optimizer.zero_grad()
+    loss = (model(data.double()) - target.double()).square().mean()
+    loss.backward()
+    gradient = torch.cat([p.grad.reshape(-1) for p in model.parameters()])
+    moved = 0.02 * hvd.allreduce(gradient, name="test.gradient")
+    optimizer.step()
+    assert torch.allclose(virtual(), before - moved, rtol=0, atol=1e-12), f"mass is lost at step {step}"
+    losses.append(loss.item())
+assert losses[-1] < 0.8 * losses[0], losses
+assert optimizer.stats().bytes_sent > 0 and optimizer.stats().residual_norm > 0
+print("voted")
+"""
+
+
+def test_an_update_algorithm_is_one_exchange_and_one_configuration(tmp_path: Path) -> None:
+    section = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("## A new update algorithm")[2]
+    exchange, configuration = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    shutil.copytree(ROOT / "hvd_compress", tmp_path / "hvd_compress", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "hvd_compress" / "exchange" / "majority_vote.py").write_text(exchange, encoding="utf-8")
+    (tmp_path / "hvd_compress" / "algorithms" / "majority_vote.py").write_text(configuration, encoding="utf-8")
+    (tmp_path / "trial.py").write_text(VOTING.replace("DIRECTORY", repr(str(tmp_path))), encoding="utf-8")
+    ended = launch([sys.executable, str(tmp_path / "trial.py")], ranks=2, env={"PYTHONPATH": str(tmp_path)})
+    assert ended.returncode == 0, ended.output
+    assert {f"[{rank}]<stdout>:voted" for rank in range(2)} <= set(ended.output.splitlines()), ended.output
