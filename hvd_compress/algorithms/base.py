@@ -66,8 +66,8 @@ class Algorithm(abc.ABC):
         """Raise ValueError, alike on every rank, if this job cannot run the algorithm."""
 
 
-class _OfBuckets(Algorithm):
-    """The part that algorithms of gradients and of updates share."""
+class BucketAlgorithm(Algorithm):
+    """Base of the algorithms of one bucket, of gradients or of updates; a Policy chooses among them."""
 
     @property
     def rescale_residual(self) -> bool:
@@ -83,8 +83,20 @@ class _OfBuckets(Algorithm):
         """Return the bytes of parameters after which a bucket is closed in any case: Horovod counts in 32 bits."""
         return BUCKET_LIMIT
 
+    @property
+    @abc.abstractmethod
+    def splits_groups(self) -> bool:
+        """True if parameter groups get buckets of their own, as their learning rates matter."""
 
-class GradientAlgorithm(_OfBuckets):
+    def choose(self, entry: ParamEntry) -> BucketAlgorithm:
+        return self
+
+    @abc.abstractmethod
+    def attach(self, bucket: Bucket, context: Context) -> State:
+        """Return the state of this algorithm for ``bucket``; allocates all its buffers."""
+
+
+class GradientAlgorithm(BucketAlgorithm):
     """Base of algorithms that exchange gradients before the wrapped optimizer steps.
 
     Attributes:
@@ -110,18 +122,14 @@ class GradientAlgorithm(_OfBuckets):
 
     @property
     def splits_groups(self) -> bool:
-        """True if parameter groups get buckets of their own, as their learning rates matter."""
         return True
-
-    def choose(self, entry: ParamEntry) -> BucketAlgorithm:
-        return self
 
     @abc.abstractmethod
     def attach(self, bucket: Bucket, context: Context) -> GradientState:
         """Return the state of this algorithm for ``bucket``; allocates all its buffers."""
 
 
-class UpdateAlgorithm(_OfBuckets):
+class UpdateAlgorithm(BucketAlgorithm):
     """Base of algorithms that exchange what the wrapped optimizer has subtracted.
 
     A new one gives its arguments and ``make_exchange``; everything else is ``UpdateState``'s.
@@ -142,23 +150,15 @@ class UpdateAlgorithm(_OfBuckets):
 
     @property
     def splits_groups(self) -> bool:
-        """True if parameter groups get buckets of their own, as their learning rates matter."""
         return not self.rescale_residual
-
-    def choose(self, entry: ParamEntry) -> BucketAlgorithm:
-        return self
 
     @abc.abstractmethod
     def make_exchange(self, bucket: Bucket, context: Context) -> Union[Exchange, ExchangeSchedule]:
         """Return how updates of ``bucket`` travel; allocates payloads."""
 
     def attach(self, bucket: Bucket, context: Context) -> UpdateState:
-        """Return the state of this algorithm for ``bucket``; allocates all its buffers."""
         exchange = self.make_exchange(bucket, context)
         return UpdateState(bucket, context, exchange, self.rescale_residual, self.masking)
-
-
-BucketAlgorithm = Union[GradientAlgorithm, UpdateAlgorithm]
 
 
 def payload_limit(compressor: Optional[Compressor], ranks: int, gathered: Optional[bool] = None) -> float:

@@ -52,12 +52,10 @@ class BucketState(abc.ABC):
     """The state of an algorithm for one bucket.
 
     Attributes:
-        replicated: whether every rank has the shared model, with the same bits.
         training_parameters: this rank's own parameters while ``consensus()`` has another point in their place.
     """
 
     bucket: Bucket
-    replicated: bool = True
     training_parameters: Optional[list[Tensor]] = None
 
     @abc.abstractmethod
@@ -119,6 +117,10 @@ class BucketState(abc.ABC):
     @abc.abstractmethod
     def shared_point(self, comm: Communicator) -> Optional[Tensor]:
         """Return the model that ranks share, flat; None if the parameters hold it (collective)."""
+
+    @abc.abstractmethod
+    def replica(self) -> list[Tensor]:
+        """Return this rank's copy of the shared model, a vector per parameter; [] if ranks have models of their own."""
 
     @abc.abstractmethod
     def reset_to(self, point: Tensor) -> None:

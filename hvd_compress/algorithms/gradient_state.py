@@ -103,6 +103,9 @@ class GradientState(BucketState):
     def shared_point(self, comm: Communicator) -> Optional[Tensor]:
         return None
 
+    def replica(self) -> list[Tensor]:
+        return [p.data.contiguous().view(-1) for p in self.bucket.parameters]
+
     def reset_to(self, point: Tensor) -> None:
         self.bucket.write_params(point)
         self.clear_residual()

@@ -74,8 +74,6 @@ class _LIECState(GradientState):
     The parameters are views of a flat vector that is saved with the state: the model of a checkpoint is the mean.
     """
 
-    replicated = False
-
     def __init__(self, config: LIEC, bucket: Bucket, context: Context) -> None:
         self.bucket, self._config, self._context = bucket, config, context
         self.has_residual = not isinstance(config.compressor, Identity)
@@ -184,6 +182,9 @@ class _LIECState(GradientState):
         if comm.size == 1:
             return None
         return comm.allreduce(self.bucket.copy_of_params(), f"{self.bucket.name}.models")
+
+    def replica(self) -> list[Tensor]:
+        return []
 
     def pending_buffer(self) -> FlatBuffer:
         if self._carried is None:

@@ -13,6 +13,7 @@ from hvd_compress.algorithms.momentum_masking import MomentumMask
 from hvd_compress.algorithms.residual_update import Coefficient, ResidualUpdate, detached_point
 from hvd_compress.bucket import Bucket, FlatBuffer
 from hvd_compress.comm.communicator import Communicator
+from hvd_compress.compressors.base import pieces
 from hvd_compress.exchange import Context, Exchange, ExchangeSchedule
 
 
@@ -128,6 +129,9 @@ class UpdateState(BucketState):
 
     def shared_point(self, comm: Communicator) -> Optional[Tensor]:
         return self.shared.flat
+
+    def replica(self) -> list[Tensor]:
+        return list(pieces(self.shared.flat, self.bucket.layout.numels))
 
     def reset_to(self, point: Tensor) -> None:
         self.shared.flat.copy_(point)

@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 
 from hvd_compress.algorithms.base import State
-from hvd_compress.algorithms.update_state import UpdateState
 from hvd_compress.comm.communicator import Communicator
-from hvd_compress.compressors.base import pieces
 
 TILE = 2**16
 
@@ -35,9 +33,11 @@ def check_replicas(comm: Communicator, states: Sequence[State], step: int) -> No
         states: of all buckets; those whose ranks have models of their own are left out.
         step: number of the last step, for the message.
     """
-    replicated = [state for state in states if state.replicated]
-    rows = [digest(values) for state in replicated for values in _shared_values(state)]
-    names = [name for state in replicated for name in state.bucket.layout.names]
+    names, rows = [], []
+    for state in states:
+        for name, values in zip(state.bucket.layout.names, state.replica()):
+            names.append(name)
+            rows.append(digest(values))
     if not rows:
         return
     every = comm.allgather(torch.stack(rows).cpu(), "replicas").view(comm.size, -1)
@@ -50,10 +50,3 @@ def check_replicas(comm: Communicator, states: Sequence[State], step: int) -> No
             f"on rank(s) {ranks} (seen by rank {comm.rank}). Was a parameter written on some ranks only? Broadcast the "
             "parameters again, or restart from a checkpoint"
         )
-
-
-def _shared_values(state: State) -> list[Tensor]:
-    """Return the shared model of a bucket, a vector per parameter."""
-    if isinstance(state, UpdateState):
-        return list(pieces(state.shared.flat, state.bucket.layout.numels))
-    return [p.data.contiguous().view(-1) for p in state.bucket.parameters]
