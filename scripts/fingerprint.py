@@ -19,8 +19,10 @@ import functools
 import hashlib
 import json
 import os
+import re
 import sys
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Any, Callable
 
@@ -31,8 +33,13 @@ SHAPES = {"a.weight": (24, 16), "a.bias": (24,), "b.weight": (8, 4, 3, 3), "b.bi
 JOBS = (("gloo", 1), ("gloo", 2), ("gloo", 3), ("mpi", 2), ("mpi", 3))
 Case = tuple[Any, dict[str, Any]]
 
-# Cases whose numbers were changed on purpose since the lines were stored: beginning of the name, and the reason.
-EXPECTED: dict[str, str] = {}
+# Lines that were changed on purpose since they were stored: a pattern of "job, case", and the reason.
+EXPECTED = {
+    r".*loops, (EF\([^,]*\)(, (Sum|predivided|bfloat16|float64|two passes|groups))?|Policy of gradients)": "where the "
+    "rate changes, EF multiplies its residual with the ratio of rates, which rounds; it changed its unit instead",
+    r"gloo 3, .*loops, DEF\(\w+\), auto": "the measured square has an allreduce of its own, which adds three ranks in "
+    "another order",
+}
 
 
 # -- one rank --------------------------------------------------------------------------------------------
@@ -64,6 +71,9 @@ def cases(launcher: str, ranks: int) -> dict[str, Case]:
     found: dict[str, Case] = {}
 
     def add(name: str, algorithm: Any, **options: Any) -> None:
+        # Horovod may fuse the float16 payloads of several buckets, and where it cuts them decides how sums are rounded.
+        if "Cast" in name or "fp16" in name:
+            options["one_group"] = True
         found[name] = (algorithm, options)
 
     tree = launcher == "mpi" or ranks == 1
@@ -148,6 +158,8 @@ def train(algorithm: Any, options: dict[str, Any]) -> str:
         {"params": parameters[:4], "weight_decay": 1e-2},
         {"params": parameters[4:], "weight_decay": 1e-3},
     ]
+    if options.pop("one_group", False):
+        groups = [{"params": parameters, "weight_decay": 1e-2}]
     make: dict[str, Callable[..., torch.optim.Optimizer]] = {
         "sgd": functools.partial(torch.optim.SGD, momentum=0.9),
         "nesterov": functools.partial(torch.optim.SGD, momentum=0.9, nesterov=True),
@@ -242,15 +254,22 @@ def measure(args: argparse.Namespace) -> dict[str, dict[str, str]]:
 def compare(found: dict[str, dict[str, str]], stored: dict[str, dict[str, str]]) -> int:
     """Print every line that differs from the stored one and return how many are not expected."""
     unexpected = equal = 0
+    reasons: Counter[str] = Counter()
     for job, lines in found.items():
         for name, line in lines.items():
             before = stored.get(job, {}).get(name)
             if line == before:
                 equal += 1
                 continue
-            reason = next((why for start, why in EXPECTED.items() if name.startswith(start)), None)
-            unexpected += reason is None
-            print(f"{job}, {name}: {reason or 'DIFFERS'}\n    stored {before}\n    now    {line}")
+            same_bytes = before is not None and line.rpartition("bytes")[2] == before.rpartition("bytes")[2]
+            reason = next((why for pattern, why in EXPECTED.items() if re.fullmatch(pattern, f"{job}, {name}")), None)
+            if reason is not None and same_bytes:
+                reasons[reason] += 1
+                continue
+            unexpected += 1
+            print(f"{job}, {name} DIFFERS\n    stored {before}\n    now    {line}")
+    for reason, count in reasons.items():
+        print(f"{count} lines differ as expected, with the same bytes sent: {reason}")
     print(f"{equal} lines equal, {unexpected} differ unexpectedly")
     return unexpected
 
