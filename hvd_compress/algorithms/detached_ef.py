@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hvd_compress import validation
 from hvd_compress.algorithms.base import UpdateAlgorithm, payload_limit, require_combining
+from hvd_compress.algorithms.model_points import ModelPoints
 from hvd_compress.algorithms.residual_update import Coefficient, ResidualUpdate, detached_point
 from hvd_compress.algorithms.update_state import UpdateState
 from hvd_compress.bucket import Bucket
@@ -124,18 +125,17 @@ class _DEFState(UpdateState):
     def start(self, step: int, lr: float) -> None:
         self.set_step(step)
         if (sent := self._sent_coordinates(self.exchange)) is None:
-            self.accumulate_update(lr)
-            self.exchange.encode(self.residual.flat)
+            self.points.accumulate_update(self.next_coefficient, self.rescale_for_lr(lr))
+            self.exchange.encode(self.points.residual.flat)
             self._launch()
             return
         # Which coordinates are sent is known before the data. So these are updated first, and while they travel, all
         # others: a coordinate that is not sent has its final e and z before the exchange, as its x does not change.
         # ``finish`` corrects the ones that were sent.
-        before, after, factor = self.local_coefficient, self.next_coefficient, self.rescale_for_lr(lr)
-        sent.update(before, after, factor)
+        factor = self.rescale_for_lr(lr)
+        sent.update(self.next_coefficient, factor)
         self._launch()
-        self._update.apply(before, after, factor)
-        self.local_coefficient = after
+        self.points.accumulate_update(self.next_coefficient, factor)
 
     def _launch(self) -> None:
         self.exchange.launch()
@@ -147,7 +147,7 @@ class _DEFState(UpdateState):
         if not isinstance(exchange, AllreduceExchange) or not exchange.codec.data_independent:
             self._sent = None
         elif self._sent is None or self._sent.exchange is not exchange:
-            self._sent = _SentCoordinates(self, exchange)
+            self._sent = _SentCoordinates(self.points, exchange)
         return self._sent
 
     def finish(self) -> None:
@@ -157,7 +157,7 @@ class _DEFState(UpdateState):
         if self._sent is None:
             self.apply_aggregate()
         else:
-            self._sent.apply_aggregate(self.local_coefficient)
+            self._sent.apply_aggregate()
         self.mask_momentum()
 
     def state_dict(self) -> dict[str, Any]:
@@ -173,24 +173,24 @@ class _DEFState(UpdateState):
 class _SentCoordinates:
     """x, e and z at the coordinates of this step, gathered: they are sent before the others are updated."""
 
-    def __init__(self, state: UpdateState, exchange: AllreduceExchange) -> None:
-        self.exchange = exchange
-        self._whole = (state.shared.flat, state.residual.flat, state.local.flat)
+    def __init__(self, points: ModelPoints, exchange: AllreduceExchange) -> None:
+        self.exchange, self._points = exchange, points
+        self._whole = (points.shared.flat, points.residual.flat, points.local.flat)
         self._x, self._e, self._z = (torch.zeros_like(exchange.payload, dtype=v.dtype) for v in self._whole)
         self._update = ResidualUpdate(self._x, self._e, self._z)
 
-    def update(self, before: Coefficient, after: Coefficient, factor: float) -> None:
+    def update(self, coefficient: Coefficient, factor: float) -> None:
         """Do the step's residual update at these coordinates only; the residual there is the payload."""
         for whole, part in zip(self._whole, (self._x, self._e, self._z)):
             self.exchange.codec.encode(whole, part)
-        self._update.apply(before, after, factor)
+        self._update.apply(self._points.coefficient, coefficient, factor)
         self.exchange.payload.copy_(self._e)
 
-    def apply_aggregate(self, coefficient: Coefficient) -> None:
+    def apply_aggregate(self) -> None:
         """Set x, e and z to their values after the exchange, at these coordinates."""
         self._x.sub_(self.exchange.aggregate)
         self._e.sub_(self.exchange.payload)
-        detached_point(self._x, self._e, coefficient, self._z)
+        detached_point(self._x, self._e, self._points.coefficient, self._z)
         for whole, part in zip(self._whole, (self._x, self._e, self._z)):
             self.exchange.codec.write(part, whole)
 

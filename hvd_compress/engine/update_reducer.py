@@ -43,12 +43,12 @@ class UpdateReducer(Reducer):
     @property
     def _points(self) -> list[FlatBuffer]:
         """This rank's own points, bucket by bucket: what the parameters hold."""
-        return [state.local for state in self.states]
+        return [state.points.local for state in self.states]
 
     def _ensure_params(self) -> None:
         """Move parameters back into the flat vectors if a script has given one other memory (``p.data = ...``)."""
         for state in self.states:
-            state.bucket.ensure_params_in(state.local)
+            state.bucket.ensure_params_in(state.points.local)
 
     def synchronize(self) -> bool:
         """Complete the local gradients; nothing is exchanged."""
@@ -106,7 +106,7 @@ class UpdateReducer(Reducer):
             self._check.raise_if_joined()
         if overwritten is not None:
             for state, flags in zip(self.states, overwritten):
-                state.adopt_overwritten(flags, alone=self.comm.size == 1)
+                state.points.adopt_overwritten(flags, alone=self.comm.size == 1)
             self.record_parameters()
 
     def record_parameters(self) -> None:

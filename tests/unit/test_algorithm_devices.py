@@ -133,7 +133,7 @@ def test_update_algorithms(
     b, comm, state = attach(algorithm, dtype, reduction, momenta=(0, 1))
     assert isinstance(state, UpdateState)
     for step, lr in enumerate((0.1, 0.1, 0.0, 0.01)):
-        state.local.flat.mul_(0.9)
+        state.points.local.flat.mul_(0.9)
         state.start(step, lr)
         state.next_round()
         state.finish()
@@ -142,5 +142,5 @@ def test_update_algorithms(
     assert {v.device for buffer in state.buffers().values() for v in buffer.views} == {DEVICE}
     state.residual_vector()
     state.pending_update(0.1)
-    state.write_local_point()
-    state.reset_to(state.shared.flat.clone())
+    state.points.write_local_point()
+    state.reset_to(state.points.shared.flat.clone())

@@ -214,12 +214,12 @@ def run_updates(algorithm: BucketAlgorithm, dtype: torch.dtype, reduction: Reduc
     state = algorithm.attach(b, Context(comm, reduction))  # type: ignore[arg-type]
     assert isinstance(state, UpdateState)
     for step, lr in enumerate((0.1, 0.1, 0.0, 0.01)):
-        state.local.flat.mul_(0.9)
+        state.points.local.flat.mul_(0.9)
         state.start(step, lr)
         state.finish()
     state.residual_vector()
-    state.write_local_point()
-    state.set_shared_from_params()
+    state.points.write_local_point()
+    state.points.set_shared_from_params()
     assert {p.device for p in b.parameters} == {DEVICE}
     names = {call[0] for call in comm.calls}
     assert len(comm.calls) == 4 * len(names)
@@ -293,4 +293,4 @@ def test_adopting_overwritten_parameters(accelerator: Accelerator, coefficient: 
     state = DEF(COMPRESSORS[0], coefficient).attach(b, Context(StubCommunicator()))  # type: ignore[arg-type]
     assert isinstance(state, UpdateState)
     for flags in ([True, False, False, True], [True, True, False, True], [False] * 4):
-        state.adopt_overwritten(flags, alone)
+        state.points.adopt_overwritten(flags, alone)

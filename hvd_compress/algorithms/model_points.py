@@ -1,0 +1,99 @@
+"""The vectors of an algorithm that exchanges updates: the shared model x, the residual e, the rank's own point z."""
+
+from __future__ import annotations
+
+from typing import Sequence
+
+import torch
+from torch import Tensor
+
+from hvd_compress.algorithms.residual_update import Coefficient, ResidualUpdate, detached_point
+from hvd_compress.bucket import Bucket, FlatBuffer
+
+
+class ModelPoints:
+    """x, e and z = x - coefficient * e of one bucket; the parameters are views of z.
+
+    x and e are flat in float32 (or float64), z in the parameters' dtype.
+
+    Attributes:
+        shared: x, the same on every rank to the bit.
+        residual: e, what this rank has not sent yet.
+        local: z, this rank's own point.
+        coefficient: the coefficient at which the parameters were placed.
+    """
+
+    def __init__(self, bucket: Bucket) -> None:
+        self._bucket = bucket
+        self.shared: FlatBuffer = bucket.flat_buffer(bucket.state_dtype)
+        self.residual: FlatBuffer = bucket.flat_buffer(bucket.state_dtype)
+        self.local: FlatBuffer = bucket.flat_buffer(bucket.dtype)
+        bucket.move_params_to(self.local)
+        self._update = ResidualUpdate(self.shared.flat, self.residual.flat, self.local.flat)
+        self.coefficient: Coefficient = 0.0
+        self.set_shared_from_params()
+
+    def accumulate_update(self, coefficient: Coefficient, factor: float = 1.0) -> None:
+        """Compute ``e = factor * e + u;  z = x - coefficient * e``, where u is what z has moved since it was placed."""
+        self._update.apply(self.coefficient, coefficient, factor)
+        self.coefficient = coefficient
+
+    def set_shared_from_params(self) -> None:
+        """Take the parameters as they are for the shared model."""
+        self.shared.flat.copy_(self.local.flat)
+        self.coefficient = 0.0
+
+    def expected_local(self) -> Tensor:
+        """Return the point (flat, new) at which the parameters were placed."""
+        point = torch.empty_like(self.local.flat)
+        detached_point(self.shared.flat, self.residual.flat, self.coefficient, point)
+        return point
+
+    def write_local_point(self) -> None:
+        """Write this rank's own point, as it was last chosen, into the parameters."""
+        detached_point(self.shared.flat, self.residual.flat, self.coefficient, self.local.flat)
+
+    def adopt_overwritten(self, overwritten: Sequence[bool], alone: bool) -> None:
+        """Make parameters that were overwritten, with the same values on all ranks, the shared model.
+
+        Args:
+            overwritten: whether that is so, for each parameter of the bucket (an empty one never is).
+            alone: there is one rank only. Then it may as well have clipped its weights, so the shared
+                model moves by as much as the parameters, and the residual stays as it is.
+        """
+        if not any(overwritten):
+            return
+        if alone:
+            written = self.local.flat.to(self.shared.flat.dtype, copy=True)
+            self.write_local_point()
+            self.shared.flat.add_(written - self.local.flat.to(written.dtype))
+            self.local.flat.copy_(written)
+        elif all(new or not p.numel() for new, p in zip(overwritten, self._bucket.parameters)):
+            self.set_shared_from_params()
+        else:
+            # A bucket has one coefficient. So an overwritten parameter moves to this rank's own point about the new
+            # model, which makes no update of it, and the others keep what their rank has changed.
+            before = self._bucket.flat_buffer(self._bucket.dtype, self.local.flat.clone())
+            taken, kept = ([i for i, new in enumerate(overwritten) if new is wanted] for wanted in (True, False))
+            torch._foreach_copy_([self.shared.views[i] for i in taken], [self.local.views[i] for i in taken])
+            self.write_local_point()
+            torch._foreach_copy_([self.local.views[i] for i in kept], [before.views[i] for i in kept])
+
+    def restore_point(self, found: Tensor, saved_point: Tensor) -> None:
+        """Decide where the model is, once x and e have been restored.
+
+        Parameters that are neither the restored shared model nor this rank's saved point are a model that the user has
+        loaded, and become the shared one.
+
+        Args:
+            found: the flat parameters as the user left them.
+            saved_point: this rank's own point as it was saved, flat.
+        """
+        if not found.numel():
+            return
+        # Another build or device may round the last bit of a rank's own point differently.
+        slack = 8 * torch.finfo(found.dtype).eps * self.shared.flat.abs().max()
+        if any(bool((found - point).abs().max() <= slack) for point in (saved_point, self.shared.flat)):
+            return
+        self.local.flat.copy_(found)
+        self.set_shared_from_params()
