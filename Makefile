@@ -8,7 +8,7 @@ PYTEST := env PATH="$(VENV)/bin:$$PATH" $(PY) -m pytest
 export VENV
 
 .DEFAULT_GOAL := setup
-.PHONY: help setup train test test-full test-slurm lint bench volume convergence fingerprint papers clean distclean
+.PHONY: help setup train test test-only test-full test-slurm lint bench volume convergence fingerprint papers clean distclean
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*##/\t/' | expand -t 14
 
@@ -21,14 +21,18 @@ train: setup ## train dense and DEF on two Horovod ranks, compare accuracy, traf
 test: setup lint ## everything quick: lint, unit tests, real jobs of 1 to 4 ranks
 	@$(PYTEST) -q -m "not full" tests
 
+test-only: setup ## what test runs, without lint
+	@$(PYTEST) -q -m "not full" tests
+
 test-full: setup lint ## also the slow ones: more rank counts, 8 ranks, mpirun
 	@HVD_COMPRESS_FULL=1 $(PYTEST) -q tests
 
 test-slurm: setup ## a real SLURM on this machine: install, start, submit, check, stop (root)
 	@scripts/slurm_cluster.sh test
 
-lint: setup ## ruff and mypy
-	@$(VENV)/bin/ruff check . && $(VENV)/bin/mypy && $(VENV)/bin/mypy --no-warn-return-any --allow-untyped-calls tests
+lint: setup ## ruff (rules and format) and mypy
+	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/mypy && $(VENV)/bin/mypy --no-warn-return-any --allow-untyped-calls tests
 
 bench: setup ## step times on a virtual cluster with rate-limited links (root)
 	@env PATH="$(VENV)/bin:$$PATH" $(PY) benchmarks/run.py

@@ -1,4 +1,4 @@
-"""What is measured: one parameter set and optimizer per method, and a cheap but real backward pass."""
+"""The cases of the step-time benchmark: parameters and optimizer of each method, and a cheap but real backward pass."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.models import Shape, numel
 
-LOCAL = "local"  # the unwrapped optimizer: what every method's overhead is measured against
+LOCAL = "local"  # the unwrapped optimizer, to which the overhead of every method is relative
 METHODS = ("horovod", "horovod-fp16", "dense", "ef", "def")
 COMPRESSED = ("ef", "def")
 DENSITY = 1 / 64
@@ -19,7 +19,7 @@ _LEARNING_RATE = 1e-4
 
 
 class _Emit(torch.autograd.Function):
-    """Gives a parameter `value * factor` as its gradient, in a fresh tensor as a network's backward does."""
+    """Function whose backward gives a parameter the gradient ``value * factor``, in a fresh tensor as networks do."""
 
     @staticmethod
     def forward(ctx: Any, parameter: torch.Tensor, value: torch.Tensor, factor: float) -> torch.Tensor:
@@ -33,7 +33,7 @@ class _Emit(torch.autograd.Function):
 
 @dataclass
 class Case:
-    """One method with its own parameters, so that hooks and residuals of methods do not meet."""
+    """One method with parameters of its own, so that methods share neither hooks nor residuals."""
 
     method: str
     parameters: list[torch.nn.Parameter]
@@ -42,14 +42,14 @@ class Case:
     steps: int = 0
 
     def forward(self) -> list[torch.Tensor]:
-        """Return one scalar per parameter; backward() of them makes the gradients, last parameter first."""
+        """Return one scalar per parameter; backward() of them produces the gradients, last parameter first."""
         self.steps += 1
         factor = 1.0 + 0.1 * (self.steps % 7)
         emit: Callable[..., torch.Tensor] = _Emit.apply
         return [emit(parameter, value, factor) for parameter, value in zip(self.parameters, self.gradients)]
 
     def stats(self) -> Any:
-        """Return the optimizer's own figures, or None where it keeps none (Horovod, local)."""
+        """Return the optimizer's own figures, or None if it has none (Horovod, local)."""
         return self.optimizer.stats() if hasattr(self.optimizer, "stats") else None
 
 
@@ -63,7 +63,7 @@ def make_case(method: str, shapes: list[Shape], gradients: list[torch.Tensor]) -
     """Build a method's parameters (equal on all ranks) and optimizer: SGD with momentum 0.9."""
     parameters = [torch.nn.Parameter(torch.full(shape, 0.01)) for shape in shapes]
     optimizer: torch.optim.Optimizer = torch.optim.SGD(parameters, lr=_LEARNING_RATE, momentum=0.9)
-    # A name may not change its type or shape, so every method has names of its own.
+    # Horovod requires that a name keeps its dtype and shape, so every method has names of its own.
     named = [(f"{method}.{index}", parameter) for index, parameter in enumerate(parameters)]
     if method == "horovod":
         optimizer = hvd.DistributedOptimizer(optimizer, named_parameters=named)
@@ -83,7 +83,7 @@ def expected_bytes(method: str, shapes: list[Shape], ranks: int) -> float:
 def _ours(
     method: str, optimizer: torch.optim.Optimizer, named: list[tuple[str, torch.nn.Parameter]]
 ) -> torch.optim.Optimizer:
-    import hvd_compress  # here, so that Horovod's own figures can be taken without it
+    import hvd_compress  # imported here, so that Horovod itself can be measured without it
 
     block = hvd_compress.RandomBlock(density=DENSITY)
     algorithms: dict[str, Callable[[], Any]] = {

@@ -1,8 +1,8 @@
-"""Check that stats() tells the bytes that network interfaces count, within 5 %.
+"""Check that stats() reports the bytes that network interfaces count, within 5 %.
 
     sudo .venv/bin/python benchmarks/check_bytes.py --hosts 2 3 4
 
-Methods that keep no stats (Horovod's own) are compared with the ring's formula. Exit code 1 on disagreement.
+Methods without stats (Horovod's own) are compared with the formula of a ring. Exit code 1 on disagreement.
 """
 
 from __future__ import annotations
@@ -21,47 +21,47 @@ from benchmarks.netlab.launch import exit_on_sigterm
 
 TOLERANCE = 0.05
 _METHODS = ("dense", "ef", "def")
-# Horovod's ranks negotiate once a cycle even when there is nothing to do: 0.1-0.8 MB/s at its default of
-# 1 ms, which is no part of what a step sends. Longer cycles make it small against the payload.
+# Horovod's ranks negotiate once a cycle even when there is nothing to do: 0.1-0.8 MB/s at the default cycle of
+# 1 ms, which does not belong to a step. Longer cycles make it small compared with the payload.
 _ENVIRONMENT = {"HOROVOD_CYCLE_TIME": "20"}
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Bytes of one rank over some steps: counted by its interface, told by the package."""
+    """Bytes of one rank over some steps: ``counted`` by its interface, ``reported`` by stats()."""
 
     hosts: int
     rank: int
     method: str
     counted: float
-    told: float
+    reported: float
 
     @property
     def difference(self) -> float:
-        """(counted - told) / told."""
-        return (self.counted - self.told) / self.told
+        """(counted - reported) / reported."""
+        return (self.counted - self.reported) / self.reported
 
     @property
     def agrees(self) -> bool:
-        """Whether the two lie within the tolerance."""
+        """True if the two differ by at most the tolerance."""
         return abs(self.difference) <= TOLERANCE
 
 
 def compare(
     hosts: int, methods: Sequence[str] = _METHODS, steps: int = 5, rate: float | None = None
 ) -> list[Comparison]:
-    """Run `steps` steps of each method on a cluster of its own; one comparison per rank and method."""
+    """Run ``steps`` steps of each method on a cluster of its own; return one comparison per rank and method."""
     script = [str(Path(__file__).resolve()), "--as-rank", "--steps", str(steps), "--methods", *methods]
     run = run_on_cluster(hosts, rate, script, _ENVIRONMENT)
     result = []
     for rank, output in enumerate(run.stdout):
-        for method, (counted, told) in json.loads(output.strip().splitlines()[-1]).items():
-            result.append(Comparison(hosts, rank, method, counted, told))
+        for method, (counted, reported) in json.loads(output.strip().splitlines()[-1]).items():
+            result.append(Comparison(hosts, rank, method, counted, reported))
     return result
 
 
 def measure(methods: Sequence[str], steps: int) -> None:
-    """Be one rank: print {method: [counted, told]}."""
+    """Run as one rank: print {method: [counted, reported]} as JSON."""
     import horovod.torch as hvd
     import torch
 
@@ -85,15 +85,15 @@ def measure(methods: Sequence[str], steps: int) -> None:
             timed_step(case, None)  # ends with a barrier: everything of the step is counted
         counted = bytes_sent() - before
         stats = case.stats()
-        told = stats.total_bytes_sent - earlier if stats else steps * expected_bytes(method, shapes, hvd.size())
-        result[method] = (counted, told)
+        reported = stats.total_bytes_sent - earlier if stats else steps * expected_bytes(method, shapes, hvd.size())
+        result[method] = (counted, reported)
     hvd.barrier()
     print(json.dumps(result))
     hvd.shutdown()
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print a line per host count and method; the rank that differs most stands for all."""
+    """Print a line per host count and method, for the rank that differs most."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hosts", nargs="+", type=int, default=[2, 3, 4])
     parser.add_argument("--methods", nargs="+", default=list(_METHODS))
@@ -114,7 +114,7 @@ def main(argv: list[str] | None = None) -> int:
                 worst = max((row for row in rows if row.method == method), key=lambda row: abs(row.difference))
                 good = good and worst.agrees
                 print(
-                    f"{hosts:>5} {method:<13}{worst.counted / 1e6:>11.3f}{worst.told / 1e6:>11.3f}"
+                    f"{hosts:>5} {method:<13}{worst.counted / 1e6:>11.3f}{worst.reported / 1e6:>11.3f}"
                     f"{worst.difference:>+12.2%}   {'' if worst.agrees else 'DISAGREES'}",
                     flush=True,
                 )

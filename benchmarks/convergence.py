@@ -1,8 +1,8 @@
-"""Does compressed training reach what dense training reaches? Digits and Fashion-MNIST, 4 ranks, 1/64.
+"""Compare the accuracy of compressed and of dense training: digits and Fashion-MNIST, 4 ranks, density 1/64.
 
-Trains examples/train.py dense, with EF and with DEF at the same learning rate, and with EF at a fifth of
-it, over several seeds, on this host under horovodrun. Writes the figures to benchmarks/results/, the
-curves to docs/figures/ and the table into docs/convergence.md.
+Train examples/train.py dense, with EF and with DEF at the same learning rate, and with EF at a fifth of
+it, over several seeds, on this host under horovodrun. Write the figures to benchmarks/results/, the
+curves to docs/figures/ and the table to docs/convergence.md.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MARGIN = 1.0  # points of test accuracy that DEF may lose
 
 
 class Task(NamedTuple):
-    """A data set with what it is trained with; the same for every method. The name is that of its rows."""
+    """A data set and the settings of training on it, the same for every method. Rows of the table have its name."""
 
     name: str
     dataset: str
@@ -40,6 +40,8 @@ class Task(NamedTuple):
 
 
 class Method(NamedTuple):
+    """A value of --compression, and the factor by which the task's learning rate is reduced."""
+
     compression: str
     lr_divisor: float = 1.0
 
@@ -48,7 +50,7 @@ FASHION_MNIST = ["--batch-size", "32", "--width", "8", "--train-samples", "10000
 TASKS = [
     Task("digits", "digits", 0.05, ["--epochs", "40", "--batch-size", "16", "--width", "16"]),
     Task("fashion-mnist", "fashion-mnist", 0.05, ["--epochs", "30", *FASHION_MNIST]),
-    # Too short for this density: what random blocks lose then belongs into the table.
+    # Too short for this density: the table shows the loss of accuracy.
     Task("fashion-mnist, 12 epochs", "fashion-mnist", 0.05, ["--epochs", "12", *FASHION_MNIST]),
 ]
 METHODS = {
@@ -60,7 +62,7 @@ METHODS = {
 
 
 def train(task: Task, method: Method, seed: int, args: argparse.Namespace) -> dict[str, Any]:
-    """The log of one run; with --reuse one that is there already."""
+    """Train once and return the log; with --reuse, return that of a finished run."""
     lr = task.lr / method.lr_divisor
     directory = args.runs / re.sub("[ ,]+", "-", task.name) / f"{method.compression}-lr{lr:g}-seed{seed}"
     options = [
@@ -81,7 +83,7 @@ def train(task: Task, method: Method, seed: int, args: argparse.Namespace) -> di
     if args.data_dir:
         options += ["--data-dir", str(args.data_dir)]
     done = directory / "log.json"
-    # The launcher's output file is removed when a run has ended well: what is there then is complete.
+    # The launcher's output file is removed when a run succeeds: without it the log is complete.
     if not (args.reuse and done.exists() and not (directory / "output.txt").exists()):
         done.unlink(missing_ok=True)
         launch(SCRIPT, [*options, "--output", str(directory)], args.ranks, directory / "output.txt", show=False)
@@ -91,7 +93,7 @@ def train(task: Task, method: Method, seed: int, args: argparse.Namespace) -> di
 
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """One record per task and method, seeds in lists."""
+    """Run everything; return one record per task and method, with lists over the seeds."""
     records = []
     for task in TASKS:
         if task.name not in args.tasks:
@@ -128,7 +130,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def markdown(records: list[dict[str, Any]]) -> str:
-    """The table: mean over seeds, lowest and highest, and what compression saved."""
+    """Format the table: mean over seeds, lowest and highest, difference to dense, volume."""
     dense = {r["task"]: r for r in records if r["method"] == "dense"}
     rows = []
     for r in records:
@@ -168,20 +170,20 @@ def _mean(values: list[Any], form: str) -> str:
 
 
 def verdicts(records: list[dict[str, Any]]) -> list[str]:
-    """Whether DEF stayed within MARGIN of dense, in words, and where EF came out at the same rate."""
+    """State for each task if DEF is within MARGIN of dense, and the gap of EF at the same learning rate."""
     lines = []
     for task in dict.fromkeys(r["task"] for r in records):
         mean = {r["method"]: statistics.mean(r["accuracy"]) for r in records if r["task"] == task}
         gap, ef_gap = mean["DEF"] - mean["dense"], mean["EF"] - mean["dense"]
-        held = "within" if gap >= -MARGIN else "NOT within"
+        word = "within" if gap >= -MARGIN else "NOT within"
         lines.append(
-            f"{task}: DEF is {held} {MARGIN:g} point of dense ({gap:+.2f}); EF at the same learning rate: {ef_gap:+.2f}"
+            f"{task}: DEF is {word} {MARGIN:g} point of dense ({gap:+.2f}); EF at the same learning rate: {ef_gap:+.2f}"
         )
     return lines
 
 
 def plot(records: list[dict[str, Any]], path: Path) -> None:
-    """Mean test accuracy per epoch, a panel per task, the range over seeds shaded."""
+    """Plot mean test accuracy per epoch, a panel per task, the range over seeds shaded."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -201,7 +203,7 @@ def plot(records: list[dict[str, Any]], path: Path) -> None:
         axes.set(xlabel="epoch", ylabel="test accuracy (%)", ylim=(max(0, best - 40), min(101, best + 3)))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    # Below the panels: inside it would cover one curve or another.
+    # Below the panels, because inside a panel the legend would cover a curve.
     methods = [r["method"] for r in records if r["task"] == tasks[0]]
     figure.legend(panels[0][0].get_lines(), methods, loc="outside lower center", ncols=len(methods), frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -210,6 +212,7 @@ def plot(records: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> int:
+    """Train everything and write table, figure and data; return 1 if a run failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [task.name for task in TASKS]
     parser.add_argument("--tasks", nargs="+", choices=names, default=names, metavar="TASK", help=" | ".join(names))
@@ -218,8 +221,8 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3, help="how many")
     parser.add_argument("--data-dir", type=Path, help="where the four Fashion-MNIST .gz files are")
     parser.add_argument("--runs", type=Path, default=Path("runs/convergence"), help="for logs and checkpoints")
-    parser.add_argument("--reuse", action="store_true", help="take finished runs in --runs as they are")
-    parser.add_argument("--no-docs", action="store_true", help="print only: leave results, figure and page alone")
+    parser.add_argument("--reuse", action="store_true", help="use finished runs in --runs")
+    parser.add_argument("--no-docs", action="store_true", help="print only: do not write results, figure and page")
     args = parser.parse_args()
     around = surroundings("benchmarks/convergence.py")
     try:

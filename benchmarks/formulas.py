@@ -1,7 +1,7 @@
-"""What each method sends by its paper's formula, and how long that takes in the alpha-beta model.
+"""The volume of each method by its paper's formula, and its time in the alpha-beta model.
 
-d is the number of parameters, P of ranks, b bytes of a payload. By a ring, b bytes are summed in 2 (P-1) rounds of
-b/P; gathered in P-1 rounds of b. By a tree they take log2(P) rounds of b.
+d is the number of parameters, P the number of ranks, b the bytes of a payload. A ring sums b bytes in 2 (P-1) rounds
+of b/P bytes and gathers them in P-1 rounds of b. A tree takes log2(P) rounds of b.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ROWS, SKETCH, CANDIDATES = 5, 1 / 100, 4
 
 
 class Volume(NamedTuple):
-    """One step of one method.
+    """Volume of one step of one method.
 
     Attributes:
         sent: bytes that leave a rank, mean over ranks.
@@ -37,11 +37,11 @@ class Volume(NamedTuple):
         return Volume(*(a + b for a, b in zip(self, other)))
 
     def times(self, factor: float) -> Volume:
-        """The volume of a step in which this happens ``factor`` times."""
+        """Return the volume of a step in which this happens ``factor`` times."""
         return Volume(*(factor * value for value in self))
 
     def seconds(self, alpha: float, rate: float) -> float:
-        """Alpha-beta model: ``alpha`` seconds per message, ``rate`` bit/s. What is computed is not counted."""
+        """Compute the time by the alpha-beta model: ``alpha`` seconds per message, ``rate`` bit/s, no computing."""
         return alpha * self.rounds + 8 * self.path / rate
 
 
@@ -52,18 +52,18 @@ def ring(nbytes: float, ranks: int) -> Volume:
 
 
 def gather(nbytes: float, ranks: int) -> Volume:
-    """Every rank's payload to all."""
+    """Send every rank's payload to all (allgather)."""
     return Volume((ranks - 1) * nbytes, (ranks - 1) * nbytes, ranks - 1)
 
 
 def scatter(nbytes: float, ranks: int) -> Volume:
-    """A piece of the payload to each other rank (alltoall)."""
+    """Send a piece of the payload to each other rank (alltoall)."""
     sent = (ranks - 1) / ranks * nbytes
     return Volume(sent, sent, ranks - 1)
 
 
 def doubling(nbytes: float, ranks: int) -> Volume:
-    """Sum by recursive doubling; ranks beyond a power of two lend theirs to a partner and get the result back."""
+    """Sum by recursive doubling; ranks beyond a power of two send theirs to a partner and receive the result."""
     core = 1 << (ranks.bit_length() - 1)
     rounds = math.log2(core) + (2 if ranks > core else 0)
     sent = (core * math.log2(core) + 2 * (ranks - core)) / ranks * nbytes
@@ -71,19 +71,19 @@ def doubling(nbytes: float, ranks: int) -> Volume:
 
 
 def up_and_down(nbytes: float, ranks: int) -> Volume:
-    """Up a binomial tree, merged where branches meet, and down again."""
+    """Send up a binomial tree, merging where branches meet, and down again."""
     rounds = 2 * math.ceil(math.log2(ranks))
     return Volume(2 * (ranks - 1) / ranks * nbytes, rounds * nbytes, rounds)
 
 
 class Model(NamedTuple):
-    """What of a network the formulas need.
+    """The figures of a network that the formulas need.
 
     Attributes:
         elements: d.
         vectors: elements of its one-dimensional parameters.
         blocks: elements of one random block per tensor.
-        factors: elements of the low-rank factors and of what has none.
+        factors: elements of the low-rank factors, and of the parameters that are sent whole instead.
     """
 
     elements: int
@@ -93,7 +93,7 @@ class Model(NamedTuple):
 
 
 def model_of(shapes: list[Shape]) -> Model:
-    """Count what the formulas need."""
+    """Count the elements that the formulas need."""
     factors = 0
     for shape in shapes:
         rows, columns = shape[0], math.prod(shape[1:])
@@ -130,8 +130,8 @@ class Method(NamedTuple):
         formula: bytes per rank and step, as text.
         build: the algorithm; None for Horovod's own optimizer.
         volume: the formula.
-        steps: over which it repeats.
-        mpi: whether it needs MPI.
+        steps: number of steps after which it repeats.
+        mpi: True if it needs MPI.
     """
 
     formula: str

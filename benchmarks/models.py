@@ -27,5 +27,5 @@ def numel(shapes: list[Shape]) -> int:
 
 
 def _convolution(out: int, into: int, kernel: int) -> list[Shape]:
-    """A convolution's weight and the weight and bias of the batch norm behind it."""
+    """Return the shapes of a convolution's weight and of the weight and bias of the batch norm after it."""
     return [(out, into, kernel, kernel), (out,), (out,)]

@@ -1,4 +1,4 @@
-"""The part of a page in docs/ that a benchmark writes: what lies between two marks."""
+"""The part of a page in docs/ that a benchmark writes, between two marks."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Do the four papers' claims hold here? Fashion-MNIST, 8 ranks, 3 seeds, a small convolutional network.
+"""Compare the accuracy of the papers' methods: Fashion-MNIST, 8 ranks, 3 seeds, a small convolutional network.
 
-Tunes a learning rate per method (a seed of its own, a third of the steps, images held out of training), trains
-every method with it over the seeds, and writes figures to benchmarks/results/papers.json, curves to docs/figures/
-and the table into docs/papers.md. Every finished run is noted at once: with --reuse an interrupted command goes on.
-Ranks are started by mpirun: gTop-k's tree needs MPI, and eight ranks of one host exchange faster by it than by Gloo.
+Tune a learning rate per method (a seed of its own, a third of the steps, validation images that are not trained on),
+train every method with it over the seeds, and write figures to benchmarks/results/papers.json, curves to docs/figures/
+and the table to docs/papers.md. Every finished run is recorded at once: with --reuse an interrupted command continues.
+Ranks are started by mpirun: gTop-k's tree needs MPI, and eight ranks of one host exchange faster by MPI than by Gloo.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ WORKER = ROOT / "benchmarks" / "papers_worker.py"
 RESULTS = ROOT / "benchmarks" / "results" / "papers.json"
 FIGURE = ROOT / "docs" / "figures" / "papers.png"
 PAGE = ROOT / "docs" / "papers.md"
-TUNING, TUNING_SEED, EXTENSIONS = 3, 1000, 6  # a fraction of the steps; not a seed of the table; beyond the grid
+TUNING, TUNING_SEED, EXTENSIONS = 3, 1000, 6  # steps are divided by it; not a seed of the table; rates beyond the grid
 POINTS = 10  # evaluations along a run
 FLOOR, MARKERS = 50, "osD^v<>Xp*h"  # of the figure
-GUESSING = 15.0  # percent: no better than this is guessing at one of ten classes
+GUESSING = 15.0  # percent: an accuracy up to this is a guess at one of ten classes
 Run = tuple[str, float, int, int]
 
 
 def done(log: Path) -> dict[Run, dict[str, Any]]:
-    """Records of finished runs by (case, learning rate, seed, steps)."""
+    """Return the records of finished runs by (case, learning rate, seed, steps)."""
     lines = log.read_text().splitlines() if log.exists() else []
     records = [json.loads(line) for line in lines]
     return {(r["case"], r["lr"], r["seed"], r["steps"]): r for r in records}
 
 
 def ensure(runs: list[Run], points: int, log: Path, args: argparse.Namespace) -> dict[Run, dict[str, Any]]:
-    """Do what has not been done yet, in one job; returns all records."""
+    """Do the runs that are missing, in one job; return all records."""
     missing = [run for run in runs if run not in done(log)]
     if missing:
         arguments = [json.dumps(missing), "--output", str(log), "--points", str(points)]
@@ -63,18 +63,18 @@ def ensure(runs: list[Run], points: int, log: Path, args: argparse.Namespace) ->
 
 
 def score(record: dict[str, Any]) -> float:
-    """What a learning rate is chosen by: held-out accuracy; where nothing was learned, the smaller rate is better.
+    """Return the score of a learning rate: validation accuracy or, if nothing was learned, minus the rate.
 
-    A run that has diverged still guesses right now and then, which must not count.
+    A diverged run still guesses some classes right, which must not count.
     """
     learned = record["train_loss"] is not None and record["validation"] > GUESSING
     return float(record["validation"]) if learned else -float(record["lr"])
 
 
 def tuned(args: argparse.Namespace, log: Path) -> dict[str, dict[float, float]]:
-    """Scores by learning rate, per case that is tuned: its grid, beyond an end that came out best, then about the best.
+    """Return the scores by learning rate of each tuned case: of its grid, beyond an end that is best, about the best.
 
-    The grid rises by a factor of about 3; last come the rates that lie half-way to the neighbours of the best.
+    The grid rises by a factor of about 3; the last rates lie half-way between the best and its neighbours.
     """
     steps = args.steps // TUNING
     wanted = dict.fromkeys(CASES[name].rate_of or name for name in args.cases)
@@ -104,6 +104,7 @@ def tuned(args: argparse.Namespace, log: Path) -> dict[str, dict[float, float]]:
 
 
 def summarise(name: str, lr: float, tuning: dict[float, float], records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the record of one method: its learning rate, tuning scores and lists over the seeds."""
     return {
         "paper": CASES[name].paper,
         "case": name,
@@ -116,13 +117,14 @@ def summarise(name: str, lr: float, tuning: dict[float, float], records: list[di
 
 
 def beside_others(summaries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """These and the results of methods that were not run now, in the table's order."""
+    """Add the stored results of methods that were not run now; return all in the table's order."""
     old = json.loads(RESULTS.read_text())["records"] if RESULTS.exists() else []
     by_case = {s["case"]: s for s in [*old, *summaries]}
     return [by_case[name] for name in CASES if name in by_case]
 
 
 def markdown(summaries: list[dict[str, Any]]) -> str:
+    """Format the table, a row per method."""
     rows = [
         [
             s["paper"],
@@ -149,7 +151,7 @@ def markdown(summaries: list[dict[str, Any]]) -> str:
 
 
 def plot(summaries: list[dict[str, Any]], path: Path) -> None:
-    """Mean test accuracy along the run, a panel per paper."""
+    """Plot mean test accuracy along the run, a panel per paper."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -177,6 +179,7 @@ def plot(summaries: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> int:
+    """Tune, train and write table, figure and data."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--cases",
@@ -184,15 +187,15 @@ def main() -> int:
         choices=list(CASES),
         default=list(CASES),
         metavar="CASE",
-        help="of the table's methods; rows of others stay as they are",
+        help="methods of the table to run; other rows are kept",
     )
     parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--data-dir", type=Path, help="where the four Fashion-MNIST .gz files are")
     parser.add_argument("--runs", type=Path, default=Path("runs/papers"), help="for the records of runs")
-    parser.add_argument("--reuse", action="store_true", help="take finished runs in --runs as they are")
-    parser.add_argument("--no-docs", action="store_true", help="print only: leave results, figure and page alone")
+    parser.add_argument("--reuse", action="store_true", help="use finished runs in --runs")
+    parser.add_argument("--no-docs", action="store_true", help="print only: do not write results, figure and page")
     args = parser.parse_args()
     around = surroundings("benchmarks/papers.py")
     args.runs.mkdir(parents=True, exist_ok=True)
@@ -209,7 +212,8 @@ def main() -> int:
     ]
     print("\n" + markdown(summaries))
     if not args.no_docs:
-        summaries = beside_others([{**s, **around} for s in summaries])  # rows are renewed one by one
+        # Rows can be measured singly, so each has the command and date of its own run.
+        summaries = beside_others([{**s, **around} for s in summaries])
         report.write_json({"records": summaries}, RESULTS)
         plot(summaries, FIGURE)
         if not PAGE.exists():

@@ -1,4 +1,4 @@
-"""The methods that papers.py compares, a group per paper, and the learning rates they are tuned over."""
+"""The methods that papers.py compares, a group per paper, and the learning rates that are tried for them."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from hvd_compress import (
     RandomBlock,
 )
 
-# Volumes are made equal within a group where the method allows, for 8 ranks and the network's 20,490 parameters.
+# Within a group volumes are equal where the method allows it, for 8 ranks and the network's 20,490 parameters.
 # Sketched-SGD sends its sketches to all, (P-1) of them: a quarter of gs-SGD's columns make the same volume.
 COLUMNS, K = 512, 256
 # gTop-k's pairs of value and index, 8 bytes, up and down a tree: gs-SGD's volume as the mean over ranks.
 GTOPK = 0.0899
 BLOCK = RandomBlock(density=1 / 64)
-# LIEC's averaging steps send everything; what they cost buys the others larger blocks.
+# LIEC's averaging steps send everything; with this density the others send as much in larger blocks.
 LARGER_BLOCK = RandomBlock(density=1 / 12.9)
 PERIOD = 32
 
 
 class Case(NamedTuple):
-    """One method: how it is built, what SGD is wrapped, and the learning rates that are tried when tuning.
+    """One method: its algorithm, the SGD that it wraps, and the learning rates that are tried when tuning.
 
     Attributes:
         paper: the comparison it belongs to.
-        grid: learning rates, rising by one factor; tuning goes on beyond an end that comes out best. Empty: not
+        grid: learning rates, rising by one factor; tuning continues beyond an end that is best. Empty: not
             tuned, see ``rate_of``.
-        rate_of: the case whose learning rate is taken.
+        rate_of: the case whose learning rate is used.
     """
 
     paper: str
@@ -74,7 +74,7 @@ CASES: dict[str, Case] = {
     "full precision, momentum": Case(BLOCKS, Dense, 0.9, False, FAST),
     "DEF, block 1/64": Case(BLOCKS, lambda: DEF(BLOCK, 0.3), 0.9, False, FAST),
     "EF, block 1/64": Case(BLOCKS, lambda: EF(BLOCK), 0.9, False, FAST),
-    # What the authors compare with: local momentum, updates compressed.
+    # The baseline of DEF's authors: local momentum, updates compressed.
     "EF of updates, block 1/64": Case(BLOCKS, lambda: DEF(BLOCK, 0.0), 0.9, False, FAST),
     "EF, DEF's rate": Case(BLOCKS, lambda: EF(BLOCK), 0.9, False, rate_of="DEF, block 1/64"),
     "EF of updates, DEF's rate": Case(BLOCKS, lambda: DEF(BLOCK, 0.0), 0.9, False, rate_of="DEF, block 1/64"),

@@ -1,6 +1,6 @@
-"""One rank of papers.py: trains (case, learning rate, seed) after (case, learning rate, seed) in one process.
+"""One rank of papers.py: train (case, learning rate, seed) after (case, learning rate, seed) in one process.
 
-Starting eight processes costs more than a short run, so a job does many.
+Starting eight processes takes longer than a short run, so one job does many runs.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ import hvd_compress  # noqa: E402
 from benchmarks.papers_cases import CASES  # noqa: E402
 
 BATCH = 16  # of each rank
-VALIDATION = 5000  # images at the end of the training set, not trained on: learning rates are chosen by them
+VALIDATION = 5000  # images at the end of the training set, not trained on: they select the learning rate
 
 
 def network(seed: int) -> nn.Module:
-    """20,490 parameters; no batch normalisation, whose statistics would be a question of their own."""
+    """Build a network of 20,490 parameters, without batch normalisation, whose statistics would need averaging too."""
     torch.manual_seed(seed)
     return nn.Sequential(
         nn.Conv2d(1, 16, 3, stride=2, padding=1),
@@ -44,12 +44,12 @@ def network(seed: int) -> nn.Module:
 
 
 def rate(lr: float, step: int, steps: int) -> float:
-    """Warm-up over a twentieth of the run, a tenth of the rate after two thirds."""
+    """Return the learning rate at a step: warm-up over a twentieth of the run, a tenth after two thirds."""
     return lr * min(1.0, 20 * (step + 1) / steps) * (0.1 if 3 * step >= 2 * steps else 1.0)
 
 
 def evaluate(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Test accuracy in percent, each rank looking at its part."""
+    """Compute the accuracy in percent, of which each rank evaluates a part. Collective."""
     with torch.no_grad():
         pairs = zip(torch.split(images, 500), torch.split(labels, 500))
         right = sum(int((model(x).argmax(1) == y).sum()) for x, y in pairs)
@@ -58,7 +58,7 @@ def evaluate(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 
 def train(name: str, lr: float, seed: int, steps: int, points: int, sets: data.Data) -> dict[str, Any]:
-    """One run, evaluated `points` times; the record that is kept of it."""
+    """Train once, evaluating ``points`` times; return the record of the run."""
     case = CASES[name]
     model = network(seed)
     sgd = torch.optim.SGD(model.parameters(), lr=lr, momentum=case.momentum, nesterov=case.nesterov, weight_decay=1e-4)
@@ -82,13 +82,13 @@ def train(name: str, lr: float, seed: int, steps: int, points: int, sets: data.D
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
-        # Not the total: evaluation at a mean of models would count.
+        # Not the total, which includes the evaluation at a mean of local models.
         sent += optimizer.stats().bytes_sent
         if (step + 1) * points // steps > step * points // steps:
             with optimizer.consensus():
                 curve.append([step + 1, evaluate(model, *test)])
     with optimizer.consensus():
-        held_out = evaluate(model, *validation)
+        validation_accuracy = evaluate(model, *validation)
     tail = losses[-max(1, steps // 10) :]
     figures = hvd.allgather(torch.tensor([[sum(tail) / len(tail), sent / steps]]), name="papers.figures")
     mean_loss = float(figures[:, 0].mean())
@@ -99,7 +99,7 @@ def train(name: str, lr: float, seed: int, steps: int, points: int, sets: data.D
         "steps": steps,
         "ranks": hvd.size(),
         "accuracy": curve[-1][1],
-        "validation": held_out,
+        "validation": validation_accuracy,
         "curve": curve,
         "train_loss": mean_loss if math.isfinite(mean_loss) else None,
         "bytes_per_step": float(figures[:, 1].mean()),
@@ -110,9 +110,10 @@ def train(name: str, lr: float, seed: int, steps: int, points: int, sets: data.D
 
 
 def main() -> None:
+    """Do all runs of the command line; rank 0 appends a record of each to the output file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", help="JSON list of [case, learning rate, seed, steps]")
-    parser.add_argument("--output", type=Path, required=True, help="a JSON line per run is added here")
+    parser.add_argument("--output", type=Path, required=True, help="file to which a JSON line per run is appended")
     parser.add_argument("--points", type=int, default=10, help="evaluations of a run")
     parser.add_argument("--data-dir", type=Path)
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""From the ranks' measurements to figures: medians, ratios, floors, a table and a plot."""
+"""Figures from the ranks' measurements: medians, ratios, floors, a table and a plot."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from benchmarks.cases import LOCAL
 
 REFERENCE = "horovod"
 _PHASES = ("zero_grad", "backward", "step")
-# Bytes per element that an exact float32 method must move through memory besides the unwrapped step, the
-# exchange itself not counted: dense  gradient into a contiguous buffer (read, write);  ef  residual += gradient
-# (read two, write one), the aggregate's zeros kept from step to step;  def  read the stepped weights, the
-# shared weights and the error, write the error and the next point.
+# Bytes per element that an exact float32 method must move through memory besides the unwrapped step, not counting
+# the exchange itself. dense: gradient into a contiguous buffer (read, write). ef: residual += gradient (read two,
+# write one); the zeros of the aggregate stay from step to step. def: read the stepped weights, the shared weights
+# and the error, write the error and the next point.
 FLOOR_BYTES = {"dense": 8, "ef": 12, "def": 20}
-# How many times smaller than Horovod's own the overhead is to be, at 4 hosts; by Mbit/s (None: unlimited).
+# Targets: how many times smaller than Horovod's the overhead is, at 4 hosts; by Mbit/s (None: unlimited).
 TARGETS: dict[tuple[float | None, str], float] = {
     (1000.0, "ef"): 20,
     (1000.0, "def"): 15,
@@ -31,10 +31,10 @@ TARGET_HOSTS = 4
 
 
 def summarise(ranks: list[dict[str, Any]], rate: float | None) -> dict[str, Any]:
-    """Turn the ranks' JSON at one link rate into figures; times are the maximum over ranks, then the median."""
+    """Compute the figures of one link rate; times are the maximum over ranks, then the median over repeats."""
     steps = {method: _step_times(ranks, method) for method in ranks[0]["records"]}
     base = median(steps[LOCAL])
-    # Slowest rank of each copy, best copy: the machine's other users only ever slow a copy down.
+    # The slowest rank of each copy, and the best copy, because other users of the machine only slow a copy down.
     copy = min(max(times) for times in zip(*(rank["copy_seconds"] for rank in ranks)))
     bandwidth = 8 * ranks[0]["elements"] / copy
     idle = mean(rank["idle_bytes_per_second"] for rank in ranks)
@@ -55,7 +55,7 @@ def summarise(ranks: list[dict[str, Any]], rate: float | None) -> dict[str, Any]
     reference = figures["methods"].get(REFERENCE)
     for method, entry in figures["methods"].items():
         entry["times_less_than_horovod"] = None
-        # An overhead within the noise of zero gives no ratio.
+        # An overhead that is zero within the noise gives no ratio.
         if reference and entry["overhead_ms"] > 0:
             entry["times_less_than_horovod"] = reference["overhead_ms"] / entry["overhead_ms"]
         entry["target"] = TARGETS.get((rate, method)) if reference and len(ranks) == TARGET_HOSTS else None
@@ -91,13 +91,13 @@ def _step_times(ranks: list[dict[str, Any]], method: str) -> list[float]:
 
 
 def _phases(ranks: list[dict[str, Any]], method: str) -> dict[str, float]:
-    """Median over ranks and repeats of each part; they need not add up to the step of the slowest rank."""
+    """Compute each phase's median over ranks and repeats; these need not add up to the step of the slowest rank."""
     rows = [phases for rank in ranks for phases in rank["records"][method]["seconds"]]
     return {name: 1e3 * median(row[i] for row in rows) for i, name in enumerate(_PHASES)}
 
 
 def _work(ranks: list[dict[str, Any]], method: str) -> dict[str, float]:
-    """Processor time (user and system, all threads) and page faults of a step: median over ranks and repeats."""
+    """Compute processor time (user, system, all threads) and page faults of a step: medians over ranks and repeats."""
     records = [rank["records"][method] for rank in ranks]
     return {
         "cpu_ms": 1e3 * median(value for record in records for value in record["cpu_seconds"]),
@@ -118,7 +118,7 @@ def _quartiles(seconds: list[float]) -> list[float]:
 
 
 def met(entry: dict[str, Any]) -> bool | None:
-    """Return whether a method reaches its target; None if it has none."""
+    """Return True if a method reaches its target, None if it has none."""
     if entry["target"] is None:
         return None
     ratio = entry["times_less_than_horovod"]
@@ -183,7 +183,7 @@ def plot(result: dict[str, Any], target: Path) -> None:
     for index, method in enumerate(methods):
         places = [group + (index - (len(methods) - 1) / 2) * width for group in range(len(rates))]
         entries = [rate["methods"][method] for rate in rates]
-        # A logarithmic axis has no zero: overheads within the noise are drawn as a tenth of a millisecond.
+        # A logarithmic axis has no zero: an overhead of zero within the noise is drawn as a tenth of a millisecond.
         bars = axes.bar(places, [max(e["overhead_ms"], 0.1) for e in entries], width, label=method)
         labels = [
             f"{e['overhead_ms']:.0f} ms"

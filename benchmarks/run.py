@@ -3,7 +3,7 @@
     sudo .venv/bin/python benchmarks/run.py            1000 and 100 Mbit/s and unlimited, 4 hosts
     sudo .venv/bin/python benchmarks/run.py --quick    1000 Mbit/s and unlimited, few repeats, ~2 minutes
 
-Brings a cluster up, runs step_time.py as one rank per host, takes it down, writes JSON and a plot. A quick
+Bring a cluster up, run step_time.py as one rank per host, take the cluster down, write JSON and a plot. A quick
 run writes to runs/benchmarks, so that it does not replace the figures in benchmarks/results.
 """
 
@@ -26,8 +26,8 @@ from benchmarks.surroundings import surroundings
 ROOT = Path(__file__).resolve().parents[1]
 _RANK_SCRIPT = ROOT / "benchmarks" / "step_time.py"
 _METHODS = ("horovod", "horovod-fp16", "dense", "ef", "def")
-# Mbit/s; below, one dense step takes seconds: half the repeats must do, and each measures the short steps thrice,
-# whose medians would else be the noisiest figures of all.
+# Mbit/s. Below this rate one dense step takes seconds, so half the repeats are made. Each of them measures the short
+# steps three times, because their medians would otherwise be the noisiest figures of all.
 _SLOW, _COMPRESSED_TIMES = 300.0, 3
 
 
@@ -40,7 +40,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=_METHODS, help="default: all, fp16 not with --quick")
     parser.add_argument("--repeats", type=int, help="timed steps of each method (half on slow links)")
     parser.add_argument("--warmup", type=int, default=2, help="untimed steps first (default %(default)s)")
-    parser.add_argument("--budget", type=float, help="seconds of one rate after which no repeat beyond 3 is begun")
+    parser.add_argument("--budget", type=float, help="seconds of one rate after which no repeat beyond 3 is started")
     parser.add_argument("--timeout", type=float, default=1800.0, help="seconds for one rate (default %(default)s)")
     parser.add_argument("--output", type=Path, help="directory of the results")
     parser.add_argument("--profile", action="store_true", help="rank 0 shows a profile per method (distorts times)")

@@ -1,7 +1,7 @@
 """One rank of the step-time benchmark; prints its measurements as one line of JSON.
 
-Started on every host by run.py. Times `zero_grad + backward + step` of each method, and of the unwrapped
-optimizer on all ranks at once, in turn: what disturbs the machine then disturbs all of them alike.
+Started on every host by run.py. Time `zero_grad + backward + step` of each method, and of the unwrapped optimizer on
+all ranks at once, in turn: a disturbance of the machine then affects all of them alike.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from benchmarks.cases import (
 from benchmarks.models import numel, resnet50
 
 _COUNTER = Path("/sys/class/net/eth0/statistics/tx_bytes")  # of this rank's own host
-_LEAST_REPEATS = 3  # made even when the budget is spent
+_LEAST_REPEATS = 3  # made even after the budget is spent
 
 
 def bytes_sent() -> int:
@@ -46,8 +46,8 @@ def bytes_sent() -> int:
 class Record:
     """Measurements of one method on one rank; one entry per repeat.
 
-    Processor time (of all threads, Horovod's too) and page faults tell where time goes, and suffer less than
-    seconds do when others use the machine.
+    Processor time (of all threads, Horovod's too) and page faults show where time is spent, and are affected less than
+    seconds when others use the machine.
     """
 
     seconds: list[tuple[float, float, float]] = dataclasses.field(default_factory=list)
@@ -58,7 +58,7 @@ class Record:
 
 
 def timed_step(case: Case, record: Record | None, profile: cProfile.Profile | None = None) -> None:
-    """Run one training step from a common start; keep the seconds of zero_grad, backward and step."""
+    """Run one training step from a common start; record the seconds of zero_grad, backward and step."""
     outputs = case.forward()
     hvd.barrier()
     sent = bytes_sent()
@@ -75,7 +75,7 @@ def timed_step(case: Case, record: Record | None, profile: cProfile.Profile | No
     if profile:
         profile.disable()
     used = resource.getrusage(resource.RUSAGE_SELF)
-    hvd.barrier()  # until then this rank may still forward what others wait for
+    hvd.barrier()  # until then this rank may still forward messages of others
     if record is not None:
         record.cpu_seconds.append(used.ru_utime + used.ru_stime - usage.ru_utime - usage.ru_stime)
         record.page_faults.append(used.ru_minflt - usage.ru_minflt)
@@ -92,7 +92,7 @@ def _plain(stats: Any) -> dict[str, Any]:
 
 
 def copy_seconds(elements: int, repeats: int = 5) -> list[float]:
-    """Time copies of one float32 model, all ranks at once: the memory speed that a step can hope for."""
+    """Time copies of one float32 model, all ranks at once: the memory speed available to a step."""
     source, target = torch.ones(elements), torch.zeros(elements)
     times = []
     for _ in range(repeats):
@@ -112,19 +112,19 @@ def idle_traffic(seconds: float = 1.0) -> float:
 
 
 def out_of_time(start: float, budget: float) -> bool:
-    """Return whether the budget is spent, as rank 0 sees it: all ranks must stop at the same repeat."""
+    """Return True if the budget is spent by rank 0's clock, so that all ranks stop at the same repeat. Collective."""
     spent = torch.tensor([time.perf_counter() - start > budget], dtype=torch.int32)
     return bool(hvd.broadcast(spent, root_rank=0, name="out_of_time").item())
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure all methods and print the record of this rank."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--compressed-times", type=int, default=1, help="measurements of ef and def in each repeat")
     parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--budget", type=float, default=1e9, help="seconds after which no repeat is begun")
+    parser.add_argument("--budget", type=float, default=1e9, help="seconds after which no repeat is started")
     parser.add_argument("--profile", action="store_true", help="rank 0 prints a profile per method (distorts)")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -142,7 +142,7 @@ def main() -> None:
         kept = repeat >= 0
         for case in cases:
             for _ in range(args.compressed_times if case.method in COMPRESSED else 1):
-                timed_step(local, records[LOCAL] if kept else None)  # before each method: same moment, same neighbours
+                timed_step(local, records[LOCAL] if kept else None)  # before each method, under the same load
                 timed_step(case, records[case.method] if kept else None, profiles.get(case.method) if kept else None)
     result = {
         "rank": hvd.rank(),

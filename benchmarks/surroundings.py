@@ -1,4 +1,4 @@
-"""What a reader needs to place figures: machine, versions, commit, date."""
+"""The conditions of a measurement: machine, versions, commit, date."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def surroundings(script: str, argv: Optional[Sequence[str]] = None) -> dict[str, Any]:
-    """For the head of a data file; to be asked for before the measurement, as the load is noted.
+    """Return the head of a data file. Call it before the measurement, because it records the load.
 
     Args:
         script: path of the benchmark in the repository.

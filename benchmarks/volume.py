@@ -1,9 +1,9 @@
-"""Bytes per rank and step, counted by network interfaces, against each paper's formula; and what 1024 ranks would send.
+"""Bytes per rank and step, counted by network interfaces, against each paper's formula, and a model of 1024 ranks.
 
     sudo .venv/bin/python benchmarks/volume.py            2, 3, 4 and 8 hosts, ResNet-50's shapes
     sudo .venv/bin/python benchmarks/volume.py --hosts 4  one size only: no page is written
 
-Writes benchmarks/results/volume.json, a plot and the tables of docs/volume.md.
+Write benchmarks/results/volume.json, a plot and the tables of docs/volume.md.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "volume.json"
 HOSTS = (2, 3, 4, 8)
 _WORKER = str(ROOT / "benchmarks" / "volume_worker.py")
-_MARK = "VOLUME "  # where a rank's JSON begins: launchers may say things of their own
-# As in check_bytes.py: what idle negotiation sends is no part of a step.
+_MARK = "VOLUME "  # begins a rank's JSON: launchers may print lines of their own
+# As in check_bytes.py: idle negotiation does not belong to a step.
 _ENVIRONMENT = {"HOROVOD_CYCLE_TIME": "20"}
 
 
 def measure(hosts: int, names: list[str], timeout: float) -> list[dict[str, Any]]:
-    """A record per method: bytes per step that the ranks' interfaces counted, that stats() told and of the formula."""
-    told: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    """Return a record per method: bytes per step counted by interfaces, reported by stats() and by the formula."""
+    by_method: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     with Cluster(hosts) as cluster:
         for mpi in (False, True):
             chosen = [name for name in names if METHODS[name].mpi == mpi]
@@ -49,16 +49,16 @@ def measure(hosts: int, names: list[str], timeout: float) -> list[dict[str, Any]
             for line in text.splitlines():
                 if line.startswith(_MARK):
                     record = json.loads(line.removeprefix(_MARK))
-                    told[record.pop("method")].append(record)
+                    by_method[record.pop("method")].append(record)
     model = model_of(resnet50())
     return [
         {
             "method": name,
             "hosts": hosts,
             "formula": METHODS[name].volume(model, hosts).sent,
-            "counted": mean(r["counted"] for r in told[name]),
-            "most": max(r["counted"] for r in told[name]),
-            "stats": mean(r["stats"] for r in told[name]) if METHODS[name].build else None,
+            "counted": mean(r["counted"] for r in by_method[name]),
+            "most": max(r["counted"] for r in by_method[name]),
+            "stats": mean(r["stats"] for r in by_method[name]) if METHODS[name].build else None,
         }
         for name in names
     ]

@@ -1,4 +1,4 @@
-"""docs/volume.md: the table of what was counted, and the alpha-beta model's figure up to 1024 ranks."""
+"""The page docs/volume.md: tables of counted and of modelled volume, and the figure up to 1024 ranks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LINKS = (("1 Gbit/s, 50 us", 50e-6, 1e9), ("25 Gbit/s, 5 us", 5e-6, 25e9))
 
 
 def counted_table(records: list[dict[str, Any]]) -> str:
-    """MB per rank and step, mean over ranks, and how far that is from the formula."""
+    """Format MB per rank and step, mean over ranks, and the difference to the formula."""
     hosts = sorted({r["hosts"] for r in records})
     found = {(r["method"], r["hosts"]): r for r in records}
     names = list(dict.fromkeys(r["method"] for r in records))
@@ -39,7 +39,7 @@ def counted_table(records: list[dict[str, Any]]) -> str:
 
 
 def model_table(model: Model) -> str:
-    """What the model says of 1024 ranks: volume, messages in sequence, time on two networks."""
+    """Format the model's figures of 1024 ranks: volume, messages in sequence, time on two networks."""
     rows = []
     for name, method in METHODS.items():
         volume = method.volume(model, FAR)
@@ -51,7 +51,7 @@ def model_table(model: Model) -> str:
 
 
 def plot(records: list[dict[str, Any]], model: Model, path: Path) -> None:
-    """Bytes per rank (lines: formulas; points: counted), and the modelled time of a step, over the ranks."""
+    """Plot bytes per rank (lines: formulas; points: counted) and the modelled time of a step over the ranks."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -62,9 +62,9 @@ def plot(records: list[dict[str, Any]], model: Model, path: Path) -> None:
     colours = pyplot.get_cmap("tab20").colors  # type: ignore[attr-defined]
     for index, (name, method) in enumerate(METHODS.items()):
         if name == "Dense":
-            continue  # Horovod's line
+            continue  # its curve is Horovod's
         colour = colours[index]
-        style = "--" if index % 2 else "-"  # some lie upon each other
+        style = "--" if index % 2 else "-"  # some curves coincide
         volumes = [method.volume(model, p) for p in ranks]
         panels[0].plot(ranks, [v.sent / 1e6 for v in volumes], color=colour, ls=style, lw=1.4, label=name)
         points = [(r["hosts"], r["counted"] / 1e6) for r in records if r["method"] == name]
@@ -79,7 +79,7 @@ def plot(records: list[dict[str, Any]], model: Model, path: Path) -> None:
         axes.set_yscale("log")
         axes.set_xlabel("ranks")
         axes.grid(alpha=0.25)
-    # Below the panels: inside it would cover one curve or another.
+    # Below the panels, because inside a panel the legend would cover a curve.
     handles, names = panels[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=6, fontsize=9, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,7 +88,7 @@ def plot(records: list[dict[str, Any]], model: Model, path: Path) -> None:
 
 
 def write(records: list[dict[str, Any]]) -> None:
-    """Tables and figure."""
+    """Write tables and figure."""
     model = model_of(resnet50())
     text = f"{counted_table(records)}\n\nBy the model, {FAR} ranks:\n\n{model_table(model)}"
     update_page(PAGE, text)

@@ -1,4 +1,4 @@
-"""One rank of volume.py: trains a few steps with each method and prints what its host's interface has counted."""
+"""One rank of volume.py: train a few steps with each method and print the bytes counted by the host's interface."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WARM_UP = 2  # names are negotiated once
 
 
 def make(name: str, shapes: list[Shape], gradients: list[torch.Tensor]) -> Case:
-    """Parameters of its own, and SGD with momentum wrapped by the method."""
+    """Build a method's own parameters, and SGD with momentum wrapped by the method."""
     parameters = [torch.nn.Parameter(torch.full(shape, 0.01)) for shape in shapes]
     named = [(f"{name}.{index}", parameter) for index, parameter in enumerate(parameters)]
     sgd = torch.optim.SGD(parameters, lr=1e-4, momentum=0.9)
@@ -51,7 +51,7 @@ def main() -> None:
             record["stats"] = (stats.total_bytes_sent - earlier.total_bytes_sent) / steps
         hvd.barrier()
         print("VOLUME " + json.dumps(record), flush=True)
-        del case  # eight ranks of two methods at once would be too much for a small machine
+        del case  # eight ranks of two methods at once would not fit into a small machine's memory
         gc.collect()
     hvd.barrier()
     hvd.shutdown()

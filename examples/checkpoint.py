@@ -1,8 +1,8 @@
 """Checkpoints that survive a kill at any moment: the shared model once, the optimizer once per rank.
 
-An optimizer that compresses holds on each rank what that rank has not sent yet; without it a resumed run
-would lose gradient. So every rank writes `checkpoint.epochE.rankR.pt`, and only when all of them are on
-disk does rank 0 put `checkpoint.pt`, which names E, in place of the one before.
+An optimizer that compresses has a residual on each rank: the part of its updates that the rank has not sent yet. A run
+resumed without it would lose that part. So every rank writes `checkpoint.epochE.rankR.pt`, and only when all of these
+files are on disk does rank 0 replace `checkpoint.pt`, which names E.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 
 def write(content: dict[str, Any], path: Path) -> None:
-    """Saves whole or not at all."""
+    """Save ``content`` completely or, if interrupted, not at all."""
     part = path.with_name(path.name + ".tmp")
     with open(part, "wb") as file:
         torch.save(content, file)
@@ -26,11 +26,12 @@ def write(content: dict[str, Any], path: Path) -> None:
 
 
 def rank_file(directory: Path, epoch: int, rank: int) -> Path:
+    """Return the path of the checkpoint that ``rank`` writes after ``epoch``."""
     return directory / f"checkpoint.epoch{epoch}.rank{rank}.pt"
 
 
 def snapshot(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """A copy of what the model holds now."""
+    """Return a copy of the current parameters and buffers, on the CPU."""
     return {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
 
 
@@ -42,7 +43,7 @@ def save(
     scheduler: torch.optim.lr_scheduler.LRScheduler,
     history: list[dict[str, Any]],
 ) -> None:
-    """Collective: keeps the state after `epoch` epochs; `weights` are the shared model's."""
+    """Save the state after ``epoch`` epochs; ``weights`` are those of the shared model. Collective."""
     directory.mkdir(parents=True, exist_ok=True)
     mine = {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
     write(mine, rank_file(directory, epoch, hvd.rank()))
@@ -56,10 +57,10 @@ def save(
 
 
 def load_model(directory: Path, model: torch.nn.Module) -> tuple[int, int, list[dict[str, Any]]]:
-    """Collective: rank 0 loads the shared model if there is one; all learn (epoch, ranks, history).
+    """Load the shared model on rank 0 if there is one and return (epoch, ranks, history) on all ranks. Collective.
 
-    The epoch is 0 where there is no checkpoint. The other ranks get the weights by the broadcast that
-    every Horovod script does anyway.
+    The epoch is 0 if there is no checkpoint. The other ranks get the weights by the broadcast that every
+    Horovod script does anyway.
     """
     found: tuple[int, int, list[dict[str, Any]]] = (0, hvd.size(), [])
     path = directory / "checkpoint.pt"
@@ -79,9 +80,9 @@ def load_optimizer(
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LambdaLR,
 ) -> None:
-    """Each rank takes up its own momentum and residual. Comes AFTER the broadcasts: they are rank 0's.
+    """Load this rank's own momentum and residual. Call it AFTER the broadcasts, which would overwrite them by rank 0's.
 
-    The schedule goes on at the epoch: with other ranks or batches an epoch has another number of steps.
+    The schedule continues at the epoch, because with other ranks or batches an epoch has another number of steps.
     """
     same = ranks == hvd.size()
     path = rank_file(directory, epoch, hvd.rank() if same else 0)
@@ -92,9 +93,9 @@ def load_optimizer(
     elif hvd.rank() == 0:
         print(
             f"the checkpoint is of {ranks} ranks, this run has {hvd.size()}: the model and the learning "
-            "rate go on, momentum and residuals start anew",
+            "rate are kept, momentum and residuals start anew",
             flush=True,
         )
-    scheduler.last_epoch = epoch * steps_per_epoch  # which counts steps
+    scheduler.last_epoch = epoch * steps_per_epoch  # the scheduler counts steps
     for group, base, factor in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas):
         group["lr"] = base * factor(scheduler.last_epoch)

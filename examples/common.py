@@ -1,4 +1,4 @@
-"""What both training scripts do round the training loop: device, evaluation, batch norm, bytes."""
+"""Parts that both training scripts share: device, evaluation, batch norm, bytes sent."""
 
 from __future__ import annotations
 
@@ -17,18 +17,20 @@ MEGABYTE = 1e6
 
 
 class Score(NamedTuple):
+    """Mean loss and accuracy of a model on a data set."""
+
     loss: float
     accuracy: float  # percent
 
 
 def choose_device() -> torch.device:
-    """This rank's GPU, with TF32, or its share of the cores."""
+    """Select this rank's GPU, with TF32, or this rank's share of the CPU cores."""
     if torch.cuda.is_available():
         torch.cuda.set_device(hvd.local_rank())
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = True
         return torch.device("cuda")
-    if "OMP_NUM_THREADS" in os.environ:  # the launcher has decided: torch follows it by itself
+    if "OMP_NUM_THREADS" in os.environ:  # set by the launcher; torch obeys it by itself
         return torch.device("cpu")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(max(1, cores // hvd.local_size()))
@@ -36,16 +38,16 @@ def choose_device() -> torch.device:
 
 
 def evaluation_point(optimizer: Any, point: str = "shared") -> AbstractContextManager[Any]:
-    """Within it the parameters are the model to evaluate and save. Collective.
+    """Return a context in which the parameters are the model to evaluate and save. Collective.
 
-    Horovod's own optimizer has no other point than the one it trains at.
+    Horovod's own optimizer trains at that point already, so nothing changes there.
     """
     consensus = getattr(optimizer, "consensus", None)
     return nullcontext() if consensus is None else consensus(point=point)
 
 
 def average_batch_norm(model: nn.Module) -> None:
-    """Each rank saw other images: from here on all have the mean of their running statistics."""
+    """Average the running statistics over ranks, each of which saw other images. Collective."""
     statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
     if statistics:
         means = hvd.grouped_allreduce(statistics, name="batch_norm", op=hvd.Average)
@@ -54,12 +56,13 @@ def average_batch_norm(model: nn.Module) -> None:
 
 
 def mean_over_ranks(value: float, name: str) -> float:
+    """Average a number over ranks. Collective."""
     return float(hvd.allreduce(torch.tensor(value, dtype=torch.float64), name=name, op=hvd.Average))
 
 
 @torch.no_grad()
 def evaluate(model: nn.Module, dataset: TensorDataset, device: torch.device) -> Score:
-    """Mean loss and accuracy of the whole data set, each rank looking at its share of it."""
+    """Compute mean loss and accuracy of the whole data set, of which each rank evaluates a part. Collective."""
     was_training = model.training
     model.eval()
     share = Subset(dataset, range(hvd.rank(), len(dataset), hvd.size()))
@@ -78,7 +81,7 @@ def evaluate(model: nn.Module, dataset: TensorDataset, device: torch.device) -> 
 def virtual_accuracy(
     optimizer: Any, model: nn.Module, dataset: TensorDataset, device: torch.device, args: argparse.Namespace
 ) -> float | None:
-    """With --evaluate-virtual: the accuracy of the model less everything held back. Collective."""
+    """With --evaluate-virtual, return the accuracy after all pending updates, at the virtual point. Collective."""
     if not getattr(args, "evaluate_virtual", False):
         return None
     with evaluation_point(optimizer, point="virtual"):
@@ -86,9 +89,9 @@ def virtual_accuracy(
 
 
 def megabytes_sent(optimizer: Any, model: nn.Module, steps: int) -> float:
-    """What this rank has sent after `steps` steps, as the optimizer counted it.
+    """Return the megabytes that this rank has sent in ``steps`` steps, as counted by the optimizer.
 
-    Horovod counts nothing: for its optimizer this is what ring allreduces of every gradient take.
+    Horovod's optimizer does not count: for it, return the volume of ring allreduces of all gradients.
     """
     stats = getattr(optimizer, "stats", None)
     if stats is not None:

@@ -7,11 +7,12 @@ import hashlib
 import os
 import urllib.request
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import horovod.torch as hvd
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import TensorDataset
 
 FASHION_URL = "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/"
@@ -21,12 +22,14 @@ FASHION_MD5 = {
     "t10k-images-idx3-ubyte.gz": "bef4ecab320f06d8554ea6380940ec79",
     "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310",
 }
-# Where Debian's and Ubuntu's package `dataset-fashion-mnist` puts them.
+# The directory that Debian's and Ubuntu's package `dataset-fashion-mnist` installs them to.
 FASHION_PACKAGE = Path("/usr/share/datasets/fashion-mnist")
 IDX_UINT8 = 0x08
 
 
 class Data(NamedTuple):
+    """The training and the test half of a data set."""
+
     train: TensorDataset
     test: TensorDataset
     image_size: int
@@ -34,20 +37,20 @@ class Data(NamedTuple):
 
 
 def load(name: str, directory: Path | None = None, train_samples: int | None = None) -> Data:
-    """The data set `name`, standardised; the first `train_samples` of its training half if given."""
+    """Load the data set ``name``, standardised; if given, only the first ``train_samples`` of its training half."""
     images, labels, test_images, test_labels = _digits() if name == "digits" else _fashion_mnist(directory)
     images, labels = images[:train_samples], labels[:train_samples]
     mean, std = float(images.mean()), float(images.std())
 
-    def dataset(pixels: np.ndarray, classes: np.ndarray) -> TensorDataset:
+    def dataset(pixels: NDArray[Any], classes: NDArray[Any]) -> TensorDataset:
         standardised = torch.from_numpy((pixels - mean) / std).float().unsqueeze(1)
         return TensorDataset(standardised, torch.from_numpy(classes.astype(np.int64)))
 
     return Data(dataset(images, labels), dataset(test_images, test_labels), images.shape[-1])
 
 
-def _digits() -> tuple[np.ndarray, ...]:
-    """1797 images of 8x8, cut 4 : 1 into 1437 to train and 360 to test, always the same ones."""
+def _digits() -> tuple[NDArray[Any], ...]:
+    """Load 1797 images of 8x8, always split into the same 1437 to train and 360 to test."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -57,8 +60,8 @@ def _digits() -> tuple[np.ndarray, ...]:
     return images[:cut], labels[:cut], images[cut:], labels[cut:]
 
 
-def _fashion_mnist(directory: Path | None) -> tuple[np.ndarray, ...]:
-    """60000 + 10000 images of 28x28, from `directory`, the distribution's package or a download."""
+def _fashion_mnist(directory: Path | None) -> tuple[NDArray[Any], ...]:
+    """Load 60000 + 10000 images of 28x28 from ``directory``, the distribution's package or a download."""
     if directory is None and all((FASHION_PACKAGE / name).exists() for name in FASHION_MD5):
         directory = FASHION_PACKAGE
     if directory is None:
@@ -70,7 +73,7 @@ def _fashion_mnist(directory: Path | None) -> tuple[np.ndarray, ...]:
 
 
 def _download_missing(directory: Path) -> None:
-    """The first rank of each host fetches what is not there; all ranks wait, and all hear of a failure."""
+    """Download missing files on the first rank of each host; on failure every rank exits. Collective."""
     problem = ""
     if hvd.local_rank() == 0:
         try:
@@ -82,7 +85,7 @@ def _download_missing(directory: Path) -> None:
                 f"Fashion-MNIST: {error}. Fetch {', '.join(FASHION_MD5)} from {FASHION_URL} and give their "
                 "directory with --data-dir, or on Debian and Ubuntu: apt-get install dataset-fashion-mnist"
             )
-    # Doubles as the barrier.
+    # This is also the barrier at which the other ranks wait for the download.
     problems = [text for text in hvd.allgather_object(problem, name="data.fashion_mnist") if text]
     if problems:
         raise SystemExit(problems[0])
@@ -100,8 +103,8 @@ def _download(url: str, target: Path, md5: str) -> None:
     os.replace(part, target)
 
 
-def read_idx(path: Path) -> np.ndarray:
-    """A gzipped IDX file of bytes: two zeros, the type, the number of dimensions, sizes, data."""
+def read_idx(path: Path) -> NDArray[Any]:
+    """Read a gzipped IDX file of bytes: two zeros, the type, the number of dimensions, the sizes, the data."""
     content = gzip.decompress(path.read_bytes())
     if len(content) < 4 or content[:3] != bytes([0, 0, IDX_UINT8]):
         raise ValueError(f"{path} is not an IDX file of unsigned bytes")

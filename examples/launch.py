@@ -1,4 +1,4 @@
-"""Starts a script under horovodrun on this host, shows what its rank 0 prints and keeps everything."""
+"""Start a script under horovodrun on this host, show the output of its rank 0 and keep that of all ranks."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ PATIENCE = 600
 
 
 class LaunchError(RuntimeError):
-    """The run failed; the message has the end of what it printed."""
+    """Failure of a run; the message has the end of its output."""
 
 
 def command(script: Path, arguments: list[str], ranks: int) -> list[str]:
-    """What to type for it. Gloo needs no MPI at run time and no ssh to this host.
+    """Return the command line that runs ``script`` on ``ranks`` local ranks, over Gloo: no MPI, no ssh.
 
-    All ranks are here, so they talk over the loopback interface; and they wait long for each other, as a
-    busy or sleeping machine may keep one from running for more than Gloo's 30 seconds.
+    The ranks talk over the loopback interface. They wait long for each other, because a busy or sleeping machine
+    may keep one from running for more than Gloo's default of 30 seconds.
     """
     beside = Path(sys.executable).parent / "horovodrun"
     launcher = str(beside) if beside.exists() else shutil.which("horovodrun")
@@ -39,7 +39,7 @@ def command(script: Path, arguments: list[str], ranks: int) -> list[str]:
 
 
 def launch(script: Path, arguments: list[str], ranks: int, log: Path, show: bool = True) -> None:
-    """Runs it to its end; its whole output goes to `log`. Raises LaunchError if it fails."""
+    """Run the script to its end and write its whole output to ``log``; raise LaunchError if it fails."""
     line = command(script, arguments, ranks)
     log.parent.mkdir(parents=True, exist_ok=True)
     process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0)
@@ -53,23 +53,24 @@ def launch(script: Path, arguments: list[str], ranks: int, log: Path, show: bool
 
 
 def _reason(log: Path) -> str:
-    """The end of what the ranks said; horovodrun's own words, a long traceback, only if no rank said anything."""
+    """Return the last lines that ranks printed or, if there are none, that horovodrun itself printed."""
     lines = [line for line in re.split(r"[\r\n]+", log.read_text(errors="replace")) if not is_bar(line)]
     return "\n".join(([line for line in lines if PREFIX.match(line)] or lines)[-TAIL:])
 
 
 def is_bar(text: str) -> bool:
+    """Return whether a line is a progress bar of tqdm."""
     return "it/s]" in text or "step/s]" in text or "s/step]" in text or "?step/s" in text
 
 
 def rank_zero(text: str) -> tuple[bool, str]:
-    """Whether a piece of horovodrun's output is rank 0's, and the piece without its prefixes."""
+    """Return whether a line of horovodrun's output is from rank 0, and the line without its prefixes."""
     ranks = PREFIX.findall(text)
     return bool(ranks) and ranks[-1][0] == "0", PREFIX.sub("", text)
 
 
 def _copy(source: IO[bytes], file: IO[bytes], show: bool) -> None:
-    """Progress bars end in a carriage return: shown on a terminal, where the next one covers them."""
+    """Copy output to ``file`` and show rank 0's lines; progress bars, on a terminal only, overwrite each other."""
     terminal = sys.stdout.isatty()
     rest = b""
     while chunk := os.read(source.fileno(), 65536):

@@ -12,7 +12,7 @@ def _conv(inputs: int, outputs: int, stride: int) -> nn.Conv2d:
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions with batch norm round a shortcut (1x1 where the shape changes)."""
+    """Two 3x3 convolutions with batch norm, and a shortcut around them (1x1 where the shape changes)."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class Block(nn.Module):
 
 
 class SmallResNet(nn.Module):
-    """About 78,000 parameters at width 16; images of 16 pixels or more are halved in the stem."""
+    """ResNet of about 78,000 parameters at width 16; its stem halves images of 16 pixels or more."""
 
     def __init__(self, image_size: int, classes: int = 10, width: int = 16) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The command line of the two training scripts, and what of it becomes an object."""
+"""The command line of the two training scripts, and the objects built from it."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 ALGORITHMS = ("dense", "ef", "def", "dist-ef", "liec", "gs-sgd", "gtop-k")
 COMPRESSORS = ("random-block", "random-k", "top-k", "sign", "low-rank", "cast", "identity")
-# What an algorithm is given unless --compressor says otherwise; those that choose coordinates themselves take none.
+# The default of --compressor for each algorithm. Those that choose coordinates themselves take no compressor.
 USUAL = {"ef": "random-block", "def": "random-block", "dist-ef": "sign", "liec": "sign"}
 
 
 def fraction(text: str) -> float:
-    """`1/64` or `0.015625`, for an option of argparse."""
+    """Parse ``1/64`` or ``0.015625``, as type of an argparse option."""
     try:
         return float(Fraction(text))
     except (ValueError, ZeroDivisionError):
@@ -27,11 +27,12 @@ def fraction(text: str) -> float:
 
 
 def coefficient(text: str) -> float | str:
+    """Parse the coefficient of DEF, a number or ``auto``, as type of an argparse option."""
     return text if text == "auto" else fraction(text)
 
 
 def parse(description: str | None) -> argparse.Namespace:
-    """The parsed command line; the options of compression are there only in a script that compresses."""
+    """Parse the command line; the options of compression exist only in a script that imports hvd_compress."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--dataset", choices=["digits", "fashion-mnist"], default="digits")
     parser.add_argument("--data-dir", type=Path, help="where the four Fashion-MNIST .gz files are")
@@ -84,14 +85,14 @@ def parse(description: str | None) -> argparse.Namespace:
     if args.compressor and args.compression not in USUAL:
         parser.error(f"--compressor {args.compressor}: {args.compression} takes none; leave it out")
     try:
-        compression(args)  # before anything is started: what cannot be combined is a mistake on the command line
+        compression(args)  # report a combination that is not allowed before anything is started
     except ValueError as error:
         parser.error(str(error))
     return args
 
 
 def compressor(args: argparse.Namespace) -> hvd_compress.Compressor:
-    """What is asked for with --compressor, --density and --low-rank, or what is usual for the algorithm."""
+    """Build the compressor of --compressor, --density and --low-rank, or the default one of the algorithm."""
     import hvd_compress
 
     build: dict[str, Callable[[], hvd_compress.Compressor]] = {
@@ -107,7 +108,7 @@ def compressor(args: argparse.Namespace) -> hvd_compress.Compressor:
 
 
 def compression(args: argparse.Namespace) -> hvd_compress.Algorithm:
-    """The algorithm asked for on the command line. Raises ValueError for what cannot be combined."""
+    """Build the algorithm of --compression; raise ValueError for a combination that is not allowed."""
     import hvd_compress
 
     build: dict[str, Callable[[], hvd_compress.Algorithm]] = {
@@ -125,7 +126,7 @@ def compression(args: argparse.Namespace) -> hvd_compress.Algorithm:
 
 
 def require_batches(args: argparse.Namespace, batches: int, images: int) -> None:
-    """Exits with the remedy where a rank's share of the images is not one batch."""
+    """Exit with the remedy if a rank has fewer images than one batch."""
     if not batches:
         sys.exit(
             f"--batch-size {args.batch_size}: each rank has {images} training images, fewer than one batch; "
@@ -134,7 +135,7 @@ def require_batches(args: argparse.Namespace, batches: int, images: int) -> None
 
 
 def warm_up_and_decay(args: argparse.Namespace, steps_per_epoch: int) -> Callable[[int], float]:
-    """Factor of the learning rate at a step: a linear warm-up, then a tenth at each of --decay-at."""
+    """Return the factor of the learning rate at a step: a linear warm-up, then a tenth at each of --decay-at."""
     warm_up = args.warmup_epochs * steps_per_epoch
     borders = [part * args.epochs * steps_per_epoch for part in args.decay_at]
 

@@ -13,12 +13,12 @@ import horovod.torch as hvd
 from torch import nn
 from tqdm import tqdm
 
-# Told apart also without colour vision, and by the line style.
+# Colours that can be told apart without colour vision, and line styles for grey print.
 STYLES = [("#0b5fa5", "-"), ("#d1601f", "--"), ("#4d8b31", "-."), ("#7a4fa3", ":"), ("#444444", (0, (6, 2)))]
 
 
 class Log:
-    """Kept by every rank, written by rank 0 after every epoch."""
+    """Record of a run, kept by every rank and written by rank 0 after every epoch."""
 
     def __init__(self, args: argparse.Namespace, model: nn.Module, history: list[dict[str, Any]]) -> None:
         self.path = args.output / "log.json"
@@ -31,15 +31,16 @@ class Log:
 
     @property
     def seconds(self) -> float:
+        """Seconds of training in all epochs, also those before a resume."""
         return float(sum(epoch["seconds"] for epoch in self.history))
 
     @property
     def megabytes(self) -> float:
-        """Sent by this rank in all epochs, also those before a resume."""
+        """Megabytes sent by this rank in all epochs, also those before a resume."""
         return float(self.history[-1]["mb_sent"]) if self.history else 0.0
 
     def add(self, **epoch: float | None) -> None:
-        """One epoch; figures that are not finite become null, as JSON knows no NaN."""
+        """Add an epoch; figures that are not finite become null, because JSON has no NaN."""
         clean = {key: value if value is None or math.isfinite(value) else None for key, value in epoch.items()}
         self.history.append(clean)
         if hvd.rank() != 0:
@@ -60,6 +61,7 @@ def _figure(value: float | None, form: str) -> str:
 
 
 def write_json(content: Any, path: Path) -> None:
+    """Write ``content`` to ``path`` completely or, if interrupted, not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".tmp")
     part.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
@@ -67,12 +69,13 @@ def write_json(content: Any, path: Path) -> None:
 
 
 def read_log(path: Path) -> dict[str, Any]:
+    """Read a log that ``Log`` has written."""
     log: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return log
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    """Markdown that also reads well on a terminal: first column left, the others right."""
+    """Format a Markdown table that also reads well on a terminal: first column left, the others right."""
     widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
 
     def line(cells: list[str]) -> str:
@@ -84,7 +87,7 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def summary(logs: dict[str, dict[str, Any]]) -> str:
-    """Test accuracy, bytes and time of finished runs, one a row."""
+    """Format a table of test accuracy, bytes and time, one finished run per row."""
     rows = []
     for name, log in logs.items():
         last = log["epochs"][-1]
@@ -101,7 +104,7 @@ def summary(logs: dict[str, dict[str, Any]]) -> str:
 
 
 def curves(logs: dict[str, dict[str, Any]], path: Path, title: str) -> None:
-    """Test accuracy against epochs and against what a rank has sent."""
+    """Plot test accuracy against epochs and against the megabytes that a rank has sent."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -112,7 +115,7 @@ def curves(logs: dict[str, dict[str, Any]], path: Path, title: str) -> None:
         accuracy = [e["test_accuracy"] for e in log["epochs"]]
         by_epoch.plot([e["epoch"] for e in log["epochs"]], accuracy, style, color=colour, label=name)
         by_bytes.plot([e["mb_sent"] for e in log["epochs"]], accuracy, style, color=colour, label=name)
-    # The last point is what counts: the axis starts where the curves have left chance behind.
+    # The last points matter most: start the axis a little below them.
     final = [log["epochs"][-1]["test_accuracy"] or 0 for log in logs.values()]
     by_epoch.set_ylim(max(0, min(*final, 100) - 15), 101)
     by_epoch.set(xlabel="epoch", ylabel="test accuracy (%)")

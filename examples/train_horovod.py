@@ -1,4 +1,4 @@
-"""Trains a small ResNet on several ranks: horovodrun --gloo -np 2 -H localhost:2 python THIS_FILE"""
+"""Train a small ResNet on several ranks: ``horovodrun --gloo -np 2 -H localhost:2 python THIS_FILE``."""
 
 # mypy: allow-untyped-calls
 
@@ -22,6 +22,7 @@ from report import Log
 
 
 def main() -> None:
+    """Train, and evaluate and save after every epoch."""
     args = options.parse(__doc__)
     hvd.init()
     device = common.choose_device()
@@ -42,7 +43,7 @@ def main() -> None:
     schedule = options.warm_up_and_decay(args, len(loader))
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
 
-    # The weights come last: Horovod fills an empty optimizer state by a step, which decays them.
+    # Broadcast the weights last: Horovod fills an empty optimizer state by a step, and weight decay changes them.
     hvd.broadcast_optimizer_state(optimizer, root_rank=0)
     start, ranks, history = checkpoint.load_model(args.output, model) if args.resume else (0, hvd.size(), [])
     hvd.broadcast_parameters(model.state_dict(), root_rank=0)

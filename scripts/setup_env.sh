@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes .venv ready to train and test: torch, an MPI, Horovod with MPI and Gloo, mpi4py, this package.
+# Make .venv ready to train and test: torch, an MPI, Horovod with MPI and Gloo, mpi4py, this package.
 # Every step is skipped when its result is already there. Called by `make`; safe to call again.
 #
 #   PYTHON   the interpreter for .venv             (python3; >= 3.9)
@@ -20,7 +20,7 @@ log=$VENV/setup.log
 
 say()  { printf '[setup] %s\n' "$*"; }
 die()  { printf '\n[setup] FAILED: %s\n' "$1" >&2; shift; for line in "$@"; do printf '[setup]   %s\n' "$line" >&2; done; exit 1; }
-# Runs a long step quietly; on failure shows the end of its output and the remedy given as first argument.
+# Run a long step quietly; on failure show the end of its output and the remedy given as first argument.
 step() {
   local remedy=$1; shift
   if ! "$@" >"$log" 2>&1; then
@@ -50,7 +50,9 @@ if ! "$VENV/bin/python" -c 'import torch' 2>/dev/null; then
   step "Choose another build with: make TORCH='torch==X.Y.Z' (PIP_INDEX_URL is honoured)" pip install "$TORCH"
 fi
 torchver=$("$VENV/bin/python" -c 'import torch; print(torch.__version__)')
-needed='numpy cffi cloudpickle psutil pyyaml packaging setuptools wheel'
+# torch before 2.3 is compiled against numpy 1 and cannot convert arrays of numpy 2.
+case $torchver in 2.[0-2].*) numpy='numpy<2' ;; *) numpy=numpy ;; esac
+needed="$numpy cffi cloudpickle psutil pyyaml packaging setuptools wheel"
 if ! "$VENV/bin/python" -c 'import numpy, cffi, cloudpickle, psutil, yaml, packaging, setuptools, wheel' 2>/dev/null; then
   say "installing build requirements"
   # shellcheck disable=SC2086
@@ -85,7 +87,7 @@ if ! "$VENV/bin/python" -c 'import horovod.torch as h; assert h.mpi_built() and 
     tar -xzf "$build/horovod-$HOROVOD.tar.gz" -C "$build"
     src=$build/horovod-$HOROVOD
     # torch >= 2.1 needs C++17; Horovod asks for 14. The run path lets one cached wheel serve every .venv
-    # whose MPI came from PyPI: site-packages/horovod/torch -> lib.
+    # whose MPI was installed with pip: site-packages/horovod/torch -> lib.
     sed -i 's/CMAKE_CXX_STANDARD 14/CMAKE_CXX_STANDARD 17/' "$src/CMakeLists.txt" "$src/horovod/torch/CMakeLists.txt"
     [ -z "$bundled_mpi" ] || sed -i '1i set(CMAKE_BUILD_RPATH "$ORIGIN/../../../..")' "$src/CMakeLists.txt"
     export HOROVOD_WITH_PYTORCH=1 HOROVOD_WITHOUT_TENSORFLOW=1 HOROVOD_WITHOUT_MXNET=1
@@ -95,7 +97,7 @@ if ! "$VENV/bin/python" -c 'import horovod.torch as h; assert h.mpi_built() and 
       env -u MAKELEVEL pip wheel --no-build-isolation --no-deps -w "$build/wheel" "$src"
     mkdir -p "$CACHE/$key"
     wheel=$CACHE/$key/$(basename "$build"/wheel/horovod-*.whl)
-    # Moved into place whole, so that an interrupted copy is never taken for a wheel.
+    # Move the file into place whole, so that an interrupted copy is never mistaken for a wheel.
     cp "$build"/wheel/horovod-*.whl "$wheel.part" && mv "$wheel.part" "$wheel"
     say "kept the built wheel in $CACHE/$key"
   else
@@ -109,8 +111,8 @@ fi
 # --- mpi4py -----------------------------------------------------------------------------------------
 if ! "$VENV/bin/python" -c 'from mpi4py import MPI' 2>/dev/null; then
   say "installing mpi4py"
-  # PyPI's wheel finds PyPI's MPI by itself; for any other MPI it is compiled with that MPI's wrapper, and
-  # not taken from pip's cache, which does not know for which MPI a wheel was built.
+  # The published wheel finds a pip-installed MPI by itself. For any other MPI, compile with that MPI's wrapper
+  # and bypass pip's cache, which does not record for which MPI a wheel was built.
   if [ -n "$bundled_mpi" ]; then
     step "mpi4py could not be installed" pip install mpi4py
   else

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A real Slurm on this machine, to try and to test the files in slurm/: two nodes, which are two slurmd on one
+# A real Slurm on this machine, to test the files in slurm/: two nodes, which are two slurmd on one
 # host. It has its own configuration, key, ports and logs in a temporary directory: a Slurm in /etc/slurm is
 # neither read nor changed. Debian or Ubuntu; needs root, because slurmd does.
 #
@@ -26,8 +26,8 @@ die() { printf '[slurm] FAILED: %s\n' "$*" >&2; exit 1; }
 need_root() { [ "$(id -u)" = 0 ] || die "'$1' needs root, as slurmd does: sudo $0 $1"; }
 
 # --- install --------------------------------------------------------------------------------------
-# Slurm's plugin loads libpmix.so, a name that only the -dev package has. ldconfig is read to its end: under
-# pipefail a grep that leaves early would make it fail.
+# Slurm's plugin loads libpmix.so, a name that only the -dev package has. The output of ldconfig is read to its end,
+# because under pipefail a grep that exits early would make it fail.
 installed() {
   local name
   for name in slurmctld slurmd munged sbatch srun; do command -v $name >/dev/null || return 1; done
@@ -51,15 +51,15 @@ install() {
 }
 
 # --- start and stop -------------------------------------------------------------------------------
-# The mark keeps `stop` from removing, and root from obeying, a directory that start did not make.
+# The mark prevents `stop` from removing, and root from using, a directory that start did not create.
 ours() { [ -O "$dir" ] && [ -e "$dir/started-by-slurm_cluster" ]; }
 use() { export SLURM_CONF=$dir/slurm.conf; }
 
 nodes=(node1 node2)
-# Here ranks share cores with each other and with whatever else runs; Open MPI would hold them while it waits.
+# Here ranks share cores with each other and with other processes, and Open MPI polls while it waits.
 export OMPI_MCA_mpi_yield_when_idle=1
 
-# Ports that are free now, for slurmctld and each slurmd: the usual ones may belong to a Slurm that
+# Print ports that are free now, for slurmctld and each slurmd: the usual ones may belong to a Slurm that
 # is installed here already.
 free_ports() {
   "$HVD_COMPRESS_VENV/bin/python" -c '
@@ -83,13 +83,13 @@ SlurmUser=root
 AuthInfo=socket=$dir/munge.socket
 StateSaveLocation=$dir/state
 SlurmdSpoolDir=$dir/spool-%n
-# PMIx's sockets: nodes that share the host must not share them, or ranks fail to start.
+# The directory of PMIx's sockets: nodes on one host must not share it, or ranks fail to start.
 TmpFS=$dir/tmp-%n
 SlurmctldPidFile=$dir/slurmctld.pid
 SlurmdPidFile=$dir/slurmd-%n.pid
 SlurmctldLogFile=$dir/slurmctld.log
 SlurmdLogFile=$dir/slurmd-%n.log
-# Nothing that needs cgroups, which containers seldom have.
+# Nothing that needs cgroups, which containers often lack.
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
@@ -104,7 +104,7 @@ PartitionName=test Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 CONF
 }
 
-# daemon NAME COMMAND...: in a session of its own, so that Ctrl-C reaches only this script; notes its pid.
+# daemon NAME COMMAND...: run it in a session of its own, so that Ctrl-C reaches only this script; record its pid.
 daemon() {
   local name=$1
   shift
@@ -112,14 +112,14 @@ daemon() {
   echo $! >"$dir/$name.started"
 }
 
-# A pid from our notes, if it still is the process that was started: pids are used again.
+# Print a recorded pid if it still is the process that was started, because pids are reused.
 running() {
   local pid
   pid=$(cat "$dir/$1.started" 2>/dev/null) && [ -r "/proc/$pid/cmdline" ] || return 1
   tr '\0' ' ' <"/proc/$pid/cmdline" 2>/dev/null | grep -F -- "$dir/" >/dev/null && echo "$pid"
 }
 
-# within SECONDS COMMAND...: tries until it succeeds
+# within SECONDS COMMAND...: try until it succeeds
 within() {
   local until=$((SECONDS + $1))
   shift
@@ -132,7 +132,7 @@ idle() { [ "$(sinfo -h -o %T)" = idle ]; }
 no_jobs() { local jobs; jobs=$(squeue -h) && [ -z "$jobs" ]; }
 gone() { ! running "$1"; }
 
-# on_exit keep|stop: after a failure show the logs; stop the cluster then, or always.
+# on_exit keep|stop: after a failure show the logs; stop the cluster after a failure (keep) or always (stop).
 on_exit() {
   local code=$?
   trap - EXIT
@@ -150,7 +150,7 @@ start() {
   boot
 }
 
-# Both before a directory is made.
+# Check what is needed before a directory is created.
 prepared() {
   [ -x "$HVD_COMPRESS_VENV/bin/python" ] || die "no Python environment at $HVD_COMPRESS_VENV: run make, or set HVD_COMPRESS_VENV"
   installed || die "Slurm, munge or PMIx is missing: $0 install"
@@ -205,7 +205,7 @@ logs() {
 field() { scontrol show job -o "$1" | tr ' ' '\n' | sed -n "s/^$2=//p" | head -n 1; }
 ended() { case $(field "$1" JobState) in PENDING | CONFIGURING | RUNNING | COMPLETING) return 1 ;; esac; }
 
-# Leaves the job's id in $job and its log in $log.
+# Submit a job and wait for it; set $job to its id and $log to its log.
 submit() {
   ours || die "no cluster of yours in $dir: $0 start"
   use
@@ -225,8 +225,8 @@ submit() {
 }
 
 # --- test -----------------------------------------------------------------------------------------
-# One Horovod job of two ranks that trained to its end? Two jobs of one rank would both look healthy in the
-# log, so this asks what the training itself wrote: its size, and a checkpoint from each rank.
+# Check that one Horovod job of two ranks trained to its end. Two jobs of one rank would both look correct in the
+# log, so this reads the files that the training wrote: its size, and a checkpoint from each rank.
 check_training() {
   "$HVD_COMPRESS_VENV/bin/python" - "$1" "$2" <<'PY'
 import json, pathlib, sys

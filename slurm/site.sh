@@ -6,8 +6,8 @@
 #   HVD_COMPRESS_SCRIPT  your own training script              (examples/train.py)
 #   HVD_COMPRESS_IFACE   network interface between the nodes   (chosen by MPI or Horovod)
 
-# 1. Modules: the compiler, MPI and CUDA that Horovod was BUILT with; an MPI from PyPI lives in the venv and
-#    needs none. Module systems trip over `set -u`.
+# 1. Modules: the compiler, MPI and CUDA that Horovod was BUILT with; an MPI that pip installed is in the venv and
+#    needs none. Module systems fail under `set -u`.
 # set +u; module purge; module load gcc openmpi cuda; set -u
 
 # 2. The environment, on a file system that every node sees at the same path.
@@ -19,8 +19,8 @@ fi
 # shellcheck disable=SC1091
 . "$venv/bin/activate"
 
-# 3. What every rank runs. A script of your own gets your arguments only. The example gets a directory of this
-#    job (an --output among your arguments wins) and goes on from the checkpoint there after a requeue.
+# 3. The script that every rank runs. Your own gets your arguments only. The example gets a directory of this
+#    job (an --output among your arguments wins) and continues from the checkpoint there after a requeue.
 if [ -n "${HVD_COMPRESS_SCRIPT:-}" ]; then
   training=("$HVD_COMPRESS_SCRIPT" "$@")
 else
@@ -32,7 +32,7 @@ if [ ! -r "${training[0]}" ]; then
 fi
 training=(python "${training[@]}")
 
-# 4. Threads. Without this every rank starts one for each core of the node and the ranks fight for the cores.
+# 4. Threads. Without this every rank starts one for each core of the node, and the ranks compete for the cores.
 export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}
 # Since Slurm 22.05 srun takes --cpus-per-task from here, no longer from sbatch.
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}

@@ -1,4 +1,4 @@
-"""What mpirun calls instead of ssh: ``agent.py [options] HOST COMMAND...`` runs a command on a host of a cluster.
+"""Replacement of ssh for mpirun: ``agent.py [options] HOST COMMAND...`` runs a command on a host of a cluster.
 
 HOST is an address of the cluster that the environment's NETLAB_CLUSTER names.
 """

@@ -41,7 +41,7 @@ class LinkBytes:
 
 
 def why_unavailable() -> str | None:
-    """Return why this machine cannot run a virtual cluster, or None if it can (for skipping tests)."""
+    """Return the reason why this machine cannot run a virtual cluster, or None if it can (for skipping tests)."""
     if not sys.platform.startswith("linux"):
         return "the virtual cluster needs Linux network namespaces"
     missing = [tool for tool in ("ip", "tc", "unshare") if shutil.which(tool) is None]
@@ -125,8 +125,8 @@ class Cluster:
             _run("ip", "-n", switch, "link", "set", port, "master", "br0", "up")
             _run("ip", "-n", space, "addr", "add", f"{self.address(host)}/24", "dev", INTERFACE)
             _run("ip", "-n", space, "link", "set", INTERFACE, "up")
-            # The route is where a namespace may choose its congestion control; bbr paces itself by timers
-            # and misjudges a virtual link. Kernels without cubic keep their own.
+            # A namespace can set its congestion control per route only. bbr paces itself by timers and
+            # misjudges a virtual link. Kernels without cubic keep their own.
             _run(
                 "ip",
                 "-n",
@@ -161,7 +161,7 @@ class Cluster:
             _limit(self.namespace(0), f"port{host}", rate)
 
     def counters(self) -> list[LinkBytes]:
-        """Return what the interface of each host has counted since the cluster came up."""
+        """Return the bytes that the interface of each host has counted since the cluster came up."""
         result = []
         for host in range(1, self.hosts + 1):
             text = _run("ip", "-n", self.namespace(host), "-json", "-statistics", "link", "show", "dev", INTERFACE)
@@ -172,7 +172,7 @@ class Cluster:
     def command(self, host: int, argv: list[str]) -> list[str]:
         """Return the command line that runs argv on a host (0: the switch) under the host's own name.
 
-        Every step replaces the one before, so the process id of the result is that of argv itself.
+        Each program replaces the one before by exec, so the process id of the result is that of argv itself.
         """
         rename = 'echo "$0" > /proc/sys/kernel/hostname && exec "$@"'
         space = self.namespace(host)
@@ -189,7 +189,7 @@ def _name_of_process() -> str:
 
 
 def _run(*argv: str, check: bool = True) -> str:
-    # An own session, so that Ctrl-C stops the program but not the clean-up that follows.
+    # A session of its own, so that Ctrl-C stops the program but not the clean-up that follows.
     done = subprocess.run(argv, check=False, capture_output=True, text=True, start_new_session=True)
     if check and done.returncode:
         raise NetlabError(f"{' '.join(argv)}: {done.stderr.strip() or done.returncode}")
@@ -207,7 +207,7 @@ def _remove(spaces: Iterable[str], check: bool = True) -> None:
 
 
 def _remove_abandoned() -> None:
-    """Remove what processes left behind that were killed before they could clean up."""
+    """Remove the namespaces of processes that were killed before they could clean up."""
     pattern = re.compile(r"hvdlab(\d+)(x\d+-\d+|-probe)")
     matches = (pattern.fullmatch(space) for space in _namespaces())
     # Unchecked: another process may be removing the same ones.
@@ -216,7 +216,7 @@ def _remove_abandoned() -> None:
 
 def _limit(space: str, device: str, rate: float | None) -> None:
     if rate is None:
-        # A plain queue: without any, veth drops packets when its ring is full.
+        # A plain queue: without one, veth drops packets when its ring is full.
         qdisc = ["pfifo", "limit", "1000"]
     else:
         # The bucket must hold one 64 KB segment and about 1 ms of the line; the queue behind it holds

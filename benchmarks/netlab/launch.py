@@ -21,14 +21,14 @@ from typing import IO
 from .cluster import INTERFACE, Cluster, NetlabError
 
 _RENDEZVOUS = Path(__file__).with_name("rendezvous.py")
-_PATIENCE = 3.0  # seconds that others get to fail by themselves, then to react to SIGTERM
-# What an enclosing job may have set and a rank would obey.
+_PATIENCE = 3.0  # seconds that other ranks get to fail by themselves, and then to react to SIGTERM
+# Variables that an enclosing job may have set and that a rank would obey.
 _FOREIGN = ("HOROVOD_", "OMPI_", "PMIX_", "PMI_", "SLURM_")
 
 
 @dataclass(frozen=True)
 class RankResult:
-    """What one rank left: exit code (negative: signal), its output, and its host's interface counters."""
+    """Result of one rank: exit code (negative: signal), its output, and its host's interface counters."""
 
     rank: int
     returncode: int
@@ -40,7 +40,7 @@ class RankResult:
 
 @dataclass(frozen=True)
 class ClusterRun:
-    """Outcome of a run; `failure` says in one line what went wrong first, or is None."""
+    """Outcome of a run; ``failure`` is one line about the first failure, or None."""
 
     ranks: tuple[RankResult, ...]
     failure: str | None
@@ -58,7 +58,7 @@ class ClusterRun:
 
 
 class RunFailed(RuntimeError):
-    """A rank failed or the time was up; `run` holds what all ranks said."""
+    """Failure of a rank, or timeout; ``run`` has the output of all ranks."""
 
     def __init__(self, run: ClusterRun) -> None:
         tails = "".join(f"\n--- rank {r.rank} (exit {r.returncode}) ---\n{r.stderr[-2000:]}" for r in run.ranks)
@@ -105,7 +105,7 @@ def run_on_cluster(
     """Bring up n hosts with links of `rate` Mbit/s (None: unlimited), run argv as a rank on each, clean up.
 
     argv starts with the script (or "-c", "-m"): the interpreter is this process's own. `env` is added to
-    this process's environment. With `check` a failure raises RunFailed, else it is told in the result.
+    this process's environment. With `check` a failure raises RunFailed, else the result has it.
     """
     with Cluster(n, rate) as cluster:
         return launch(cluster, argv, env, timeout, echo, check)
@@ -176,7 +176,7 @@ def _placement(cluster: Cluster, host: int, port: int) -> dict[str, str]:
 
 def _spawn(cluster: Cluster, host: int, argv: list[str], env: Mapping[str, str]) -> subprocess.Popen[str]:
     command = cluster.command(host, argv)
-    if shutil.which("setpriv"):  # ranks must not outlive a launcher that was killed without mercy
+    if shutil.which("setpriv"):  # so that ranks end with a launcher that is killed by SIGKILL
         command = ["setpriv", "--pdeathsig", "KILL", *command]
     # The pipe as standard input tells the rendezvous server when to stop; ranks get none.
     stdin = subprocess.PIPE if host == 0 else subprocess.DEVNULL
@@ -205,7 +205,7 @@ def _wait(ranks: list[_Rank], deadline: float, timeout: float) -> str | None:
         codes = [rank.process.poll() for rank in ranks]
         failed = [f"rank {i} ended with exit code {code}" for i, code in enumerate(codes) if code]
         if failed:
-            # One failure breaks the others' connections: a moment's patience lets them say so themselves.
+            # One failure breaks the others' connections: wait a moment, so that they can report it themselves.
             _wait_all([rank.process for rank in ranks], _PATIENCE)
             return "; ".join(failed)
         if all(code == 0 for code in codes):
@@ -223,14 +223,14 @@ def _wait_all(processes: list[subprocess.Popen[str]], seconds: float) -> None:
 
 
 def _end(processes: list[subprocess.Popen[str]]) -> None:
-    """End process groups that we started: politely, then not."""
+    """End process groups that we started, by SIGTERM and then by SIGKILL."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         running = [p for p in processes if p.poll() is None]
         for process in running:
             try:
                 os.killpg(process.pid, number)
             except ProcessLookupError:
-                continue  # it ended by itself in the meantime
+                continue  # it has ended by itself in the meantime
         _wait_all(running, _PATIENCE)
 
 

@@ -1,4 +1,4 @@
-"""Run one Horovod rank (MPI) on every host of a virtual cluster: for function and bytes, not for speed.
+"""Run one Horovod rank (MPI) on every host of a virtual cluster, to test functions and count bytes, not for speed.
 
 Open MPI polls while it waits, so ranks that share a core slow each other down.
 """
@@ -21,7 +21,7 @@ _TAIL = 3000
 def launch_mpi(
     cluster: Cluster, argv: Sequence[str], env: Mapping[str, str] | None = None, timeout: float = 600.0
 ) -> str:
-    """Run argv (script first) by mpirun, started on host 1; returns the standard output of all ranks.
+    """Run argv (script first) by mpirun, started on host 1; return the standard output of all ranks.
 
     Raises NetlabError if there is no mpirun, a rank fails or the time is up.
     """

@@ -12,7 +12,7 @@ from horovod.runner.http.http_server import RendezvousServer
 
 
 def main(addresses: list[str]) -> None:
-    """Serve the rank plan; standard input is held by the launcher, so its death ends the server too."""
+    """Serve the rank plan until standard input closes, which it does when the launcher ends."""
     plan = get_host_assignments(parse_hosts(",".join(f"{address}:1" for address in addresses)), len(addresses))
     server = RendezvousServer(0)
     port = server.start()

@@ -46,6 +46,9 @@ def test_the_scripts_differ_in_one_import_and_the_optimizer_line() -> None:
         "+     optimizer = hvd_compress.DistributedOptimizer(optimizer, model.named_parameters(), "
         "options.compression(args))",
     ]
+    scripts = ("examples/train_horovod.py", "examples/train.py")
+    diff = subprocess.run(["diff", *scripts], cwd=ROOT, capture_output=True, text=True).stdout
+    assert f"$ diff {' '.join(scripts)}\n{diff}```" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def write_idx(path: Path, array: np.ndarray) -> None:
