@@ -22,7 +22,7 @@ setup(
         Extension(
             f"hvd_compress.native._{name}",
             [f"hvd_compress/native/{source}.c" for source in sources],
-            depends=["hvd_compress/native/sketch.h"],
+            depends=["hvd_compress/native/common.h", "hvd_compress/native/sketch.h"],
             extra_compile_args=flags,
             optional=True,
         )

@@ -28,7 +28,7 @@ def stand(x: Tensor, e: Tensor, coefficient: Coefficient, out: Tensor) -> None:
     elif coefficient == 0.0:
         out.copy_(x)
     elif native.applies(x, e, out):
-        native.stand(x, e, coefficient, out)
+        native.detached_point(x, e, coefficient, out)
     elif out.dtype == x.dtype:
         torch.sub(x, e, alpha=coefficient, out=out)
     else:
@@ -54,7 +54,7 @@ class Folder:
         what the wrapped optimizer subtracted and nothing else.
         """
         if self._native and not isinstance(placed, Tensor) and not isinstance(coefficient, Tensor):
-            native.fold(*self._vectors, placed, coefficient, decay)
+            native.fused_residual_update(*self._vectors, placed, coefficient, decay)
             return
         for x, e, z in self._tiles:
             n = x.numel()

@@ -160,9 +160,9 @@ class CountSketchCodec(Codec):
             return torch.empty(0, dtype=torch.int64, device=self._device)
         rotations, table = self._rotations(), payload.view(self.rows, self.columns)
         if native.applies(self.rows, payload):
-            room = native.room(self._n, count)
-            if self._found is None or self._found[1].numel() != room:
-                self._found = torch.empty(room, dtype=torch.int64), torch.empty(room, dtype=torch.int32)
+            capacity = native.candidate_capacity(self._n, count)
+            if self._found is None or self._found[1].numel() != capacity:
+                self._found = torch.empty(capacity, dtype=torch.int64), torch.empty(capacity, dtype=torch.int32)
             native.largest(table, rotations.offsets, rotations.signs, self._n, count, *self._found)
             return self._found[0][:count]
         if self._estimates is None:
