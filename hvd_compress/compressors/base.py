@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import abc
 import enum
+import functools
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Iterator, NamedTuple, Sequence, Union
 
@@ -170,7 +171,7 @@ class JointCodec(abc.ABC):
 
     @abc.abstractmethod
     def receive(self, index: int, payload: Tensor) -> None:
-        """Take over the mean over ranks of the payloads of round ``index``; ``payload`` may be overwritten later."""
+        """Accept the mean over ranks of the payloads of round ``index``; ``payload`` may be overwritten later."""
 
     @abc.abstractmethod
     def accumulate(self, flat: Tensor, alpha: float) -> None:
@@ -238,12 +239,12 @@ class Compressor(abc.ABC):
     @property
     def combine(self) -> Combine:
         """Return how payloads of several ranks become one aggregate, by the type of the codec."""
-        return self._empty_codec().combine
+        return self._codec_properties[0]
 
     @property
     def is_sparsifier(self) -> bool:
         """Return True if the payload is a choice of coordinates with their values, by the type of the codec."""
-        return self._empty_codec().is_sparsifier
+        return self._codec_properties[1]
 
     @property
     def payload_ratio(self) -> float:
@@ -299,8 +300,10 @@ class Compressor(abc.ABC):
         codec.set_step(step)
         return codec
 
-    def _empty_codec(self) -> AnyCodec:
-        return self.codec(Layout((), ()), torch.float32, torch.device("cpu"))
+    @functools.cached_property
+    def _codec_properties(self) -> tuple[Combine, bool]:
+        codec = self.codec(Layout((), ()), torch.float32, torch.device("cpu"))
+        return codec.combine, codec.is_sparsifier
 
 
 def pieces(flat: Tensor, numels: Sequence[int]) -> tuple[Tensor, ...]:

@@ -14,7 +14,7 @@ from hvd_compress.compressors.base import Compressor, Layout, SummableCodec, pie
 
 @dataclass(frozen=True)
 class Identity(Compressor):
-    """Send everything unchanged, which turns every algorithm into plain data-parallel training."""
+    """Compressor that sends everything unchanged, which turns every algorithm into plain data-parallel training."""
 
     def codec(self, layout: Layout, dtype: torch.dtype, device: torch.device) -> SummableCodec:
         return IdentityCodec(layout, dtype)
@@ -22,7 +22,9 @@ class Identity(Compressor):
 
 @dataclass(frozen=True)
 class Cast(Compressor):
-    """Send every element as ``dtype``: values beyond its range as its largest finite value, infinities as nan.
+    """Compressor that sends every element as ``dtype``.
+
+    Values beyond its range are sent as its largest finite value, infinities as nan.
 
     Where payloads of P ranks are summed in float16 (EF, DEF), the largest value is 2^15 / P, so that the sum
     stays in range; the difference remains in the residual.
@@ -62,7 +64,7 @@ class IdentityCodec(SummableCodec):
         limit = torch.finfo(payload.dtype).max
         if limit < torch.finfo(flat.dtype).max:
             payload.clamp_(-limit, limit)
-            # Error feedback could never repay an infinity, so training should fail visibly.
+            # Error feedback could never send all of an infinity, so training should fail visibly.
             payload.masked_fill_(flat.isfinite().logical_not_(), math.nan)
 
     def accumulate(self, payload: Tensor, flat: Tensor, alpha: float) -> None:

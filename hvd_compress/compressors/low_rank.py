@@ -137,7 +137,7 @@ class LowRankCodec(JointCodec):
                 torch.mm(parts[i].view(-1, len(q)).t(), self._p[i], out=q)
 
     def receive(self, index: int, payload: Tensor) -> None:
-        """Take over the mean over ranks and orthonormalise P, from the same bits on every rank.
+        """Accept the mean over ranks and orthonormalise P, from the same bits on every rank.
 
         The columns are orthonormal even if P is zero or of lower rank (Householder reflections).
         """

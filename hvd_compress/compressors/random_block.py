@@ -16,7 +16,7 @@ from hvd_compress.compressors.selection import SelectionCodec, check_density_and
 
 @dataclass(frozen=True)
 class RandomBlock(Compressor):
-    """Send one contiguous block of each tensor, at a random place that all ranks agree on.
+    """Sparsifier that sends one contiguous block of each tensor, at a random place that all ranks agree on.
 
     With ``b = max(1, floor(n * density))`` and ``start`` uniform in [0, n), the coordinates
     ``(start + i) mod n, 0 <= i < b`` are sent, unscaled: each with probability exactly ``b / n``
@@ -61,7 +61,7 @@ class RandomBlock(Compressor):
         return Payload(values, tensor.shape, tensor.dtype, {"start": start, "length": length})
 
     def decode(self, payload: Payload) -> Tensor:
-        """Return the block's values in their place, and zeros elsewhere."""
+        """Return the block's values at their coordinates, and zeros elsewhere."""
         out = payload.values.new_zeros(payload.shape.numel(), dtype=payload.dtype)
         start, length = payload.context["start"], payload.context["length"]
         head = min(length, out.numel() - start)

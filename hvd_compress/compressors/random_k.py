@@ -22,7 +22,7 @@ _HALF = np.uint64(32)
 
 @dataclass(frozen=True)
 class RandomK(Compressor):
-    """Send k random coordinates of each tensor, which all ranks agree on.
+    """Sparsifier that sends k random coordinates of each tensor, which all ranks agree on.
 
     Of n elements ``k = max(1, floor(n * density))`` distinct ones are sent, unscaled: each with probability
     ``k / n``, so that ``E ||v - C(v)||_2^2 = (1 - k/n) ||v||_2^2`` (Stich et al. 2018, "Sparsified SGD with

@@ -36,9 +36,9 @@ def check_density_and_seed(compressor: Any) -> None:
 class SelectionCodec(SummableCodec):
     """A codec that sends views of the tensors, one after the other.
 
-    A subclass selects the views in ``select``. No index is sent, so the selection may depend on the step that
-    ``set_step`` was called with and on the layout, but not on the data. If the views of a step have fewer than
-    ``numel`` elements, the rest of the payload is zeros.
+    A subclass selects the views, which must not overlap, in ``select``. No index is sent, so the selection may
+    depend on the step that ``set_step`` was called with and on the layout, but not on the data. If the views of a
+    step have fewer than ``numel`` elements, the rest of the payload is zeros.
 
     Args:
         layout: tensors of the bucket.

@@ -22,7 +22,7 @@ _GATHER, _SPREAD, _EACH = 0x0102040810204080, 0x0101010101010101, -0x7FBFDFEFF7F
 
 @dataclass(frozen=True)
 class BlockSign(Compressor):
-    """Send the sign of every element and one scale per block.
+    """Compressor that sends the sign of every element and one scale per block.
 
     A block v of n elements becomes ``C(v) = ||v||_1 / n * sign(v)`` with ``sign(v_i) = +1`` if ``v_i >= 0``
     (so also for 0.0 and -0.0) and -1 otherwise (Bernstein et al. 2018; scaled as by Karimireddy et al. 2019,

@@ -16,7 +16,7 @@ from hvd_compress.compressors.topk_search import HostSearch, bits_of, sampled_on
 
 @dataclass(frozen=True)
 class TopK(Compressor):
-    """Send the k elements of largest absolute value.
+    """Sparsifier that sends the k elements of largest absolute value.
 
     ``k = max(1, floor(n * density))`` of the n elements of a tensor are sent, or of a whole bucket where tensors
     are exchanged in buckets: there large tensors may take the share of small ones. They are sent unscaled, so

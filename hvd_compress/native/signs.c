@@ -17,7 +17,7 @@
 typedef float floats __attribute__((vector_size(32)));
 typedef int32_t ints __attribute__((vector_size(32)));
 
-/* The eight signs (+1 or -1) that each byte stands for; filled when the module is loaded. */
+/* The eight signs (+1 or -1) that each byte encodes; filled when the module is loaded. */
 static float table[256][8];
 
 /* Write the bits v >= 0: 1 for -0.0, 0 for nan. Unused bits of the last byte are 0. */
