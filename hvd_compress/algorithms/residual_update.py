@@ -28,7 +28,7 @@ def detached_point(x: Tensor, e: Tensor, coefficient: Coefficient, out: Tensor) 
     elif coefficient == 0.0:
         out.copy_(x)
     elif native.applies(x, e, out):
-        native.stand(x, e, coefficient, out)
+        native.detached_point(x, e, coefficient, out)
     elif out.dtype == x.dtype:
         torch.sub(x, e, alpha=coefficient, out=out)
     else:
@@ -54,7 +54,7 @@ class ResidualUpdate:
         what the wrapped optimizer subtracted and nothing else.
         """
         if self._native and not isinstance(placed, Tensor) and not isinstance(coefficient, Tensor):
-            native.fold(*self._vectors, placed, coefficient, factor)
+            native.fused_residual_update(*self._vectors, placed, coefficient, factor)
             return
         for x, e, z in self._tiles:
             update, before = self._update[: x.numel()], self._before[: x.numel()]

@@ -1,6 +1,6 @@
-"""What travels: one idea per file; a new compressor is one file and one line here.
+"""Compressors, one idea per file; a new compressor is one file and one line here.
 
-``X as X`` makes a name public, here and as ``hvd_compress.X``.
+``X as X`` makes a name public, a compressor also as ``hvd_compress.X``.
 """
 
 from hvd_compress.compressors.base import Codec as Codec
@@ -17,6 +17,7 @@ from hvd_compress.compressors.count_sketch import CountSketch as CountSketch
 from hvd_compress.compressors.low_rank import LowRank as LowRank
 from hvd_compress.compressors.random_block import RandomBlock as RandomBlock
 from hvd_compress.compressors.random_k import RandomK as RandomK
+from hvd_compress.compressors.selection import SelectionCodec as SelectionCodec
 from hvd_compress.compressors.sign import BlockSign as BlockSign
 from hvd_compress.compressors.topk import TopK as TopK
 from hvd_compress.compressors.warmup import Warmup as Warmup

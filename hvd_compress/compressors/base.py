@@ -1,14 +1,15 @@
-"""What a compressor is: pure mathematics on tensors, without network, memory or Horovod.
+"""Interface of compressors: pure mathematics on tensors, without network, optimizer state or Horovod.
 
-A compressor is seen from two sides. ``encode``/``decode`` act on one tensor and define the mathematics.
-``codec`` gives the same map for a whole bucket: a contiguous flat vector holding many tensors, so that a
-training step costs a few tensor operations and one collective however many parameters there are.
+A compressor is a description. Its ``codec`` does the work for a bucket, a contiguous flat vector that holds many
+tensors, so that a training step takes a few tensor operations and one collective however many parameters there are.
+``encode`` and ``decode`` apply the same map to a single tensor.
 """
 
 from __future__ import annotations
 
 import abc
 import enum
+import functools
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Iterator, NamedTuple, Sequence, Union
 
@@ -17,13 +18,13 @@ from torch import Tensor
 
 
 class Layout(NamedTuple):
-    """Where the tensors of a bucket lie in its flat vector: one after the other, without gaps.
+    """Names and sizes of the tensors of a bucket, which lie in its flat vector one after the other, without gaps.
 
     Attributes:
-        names: the parameters' names, which seed what is drawn for them.
-        numels: their numbers of elements, in the same order.
-        shapes: their dimensions, outermost in memory first (row-major over the tensor's piece of the flat
-            vector); () if no tensor has more than one.
+        names: the parameters' names. Random draws depend on them.
+        numels: numbers of elements, in the same order.
+        shapes: dimensions, outermost in memory first (row-major over the tensor's piece of the flat vector);
+            () if no tensor has more than one dimension.
     """
 
     names: tuple[str, ...]
@@ -32,16 +33,19 @@ class Layout(NamedTuple):
 
     @property
     def total(self) -> int:
-        """Length of the flat vector."""
+        """Return the length of the flat vector."""
         return sum(self.numels)
 
     def dimensions(self) -> tuple[tuple[int, ...], ...]:
-        """``shapes``, or one-dimensional ones where none are given."""
+        """Return ``shapes``, or one-dimensional ones if none are given."""
         return self.shapes or tuple((numel,) for numel in self.numels)
 
     def cut(self, start: int, stop: int) -> Layout:
-        """The part of the flat vector from ``start`` to ``stop``: tensors cut by the borders become shorter
-        ones with names of their own, so that what is drawn for the parts is independent, and of one dimension."""
+        """Return the layout of the elements from ``start`` to ``stop`` of the flat vector.
+
+        A tensor that is cut becomes a one-dimensional tensor with a name of its own, so that random draws for its
+        parts are independent.
+        """
         names, numels, shapes, begin = [], [], [], 0
         for name, numel, shape in zip(self.names, self.numels, self.dimensions()):
             low, high = max(start, begin), min(stop, begin + numel)
@@ -56,13 +60,13 @@ class Layout(NamedTuple):
 
 @dataclass(frozen=True)
 class Payload:
-    """What travels for one tensor.
+    """The message for one tensor.
 
     Attributes:
         values: the data sent, one-dimensional.
-        shape: shape of the tensor it stands for.
-        dtype: dtype of the tensor it stands for.
-        context: what the receiver knows anyway (drawn from seed, name and step) and is not sent.
+        shape: shape of the tensor.
+        dtype: dtype of the tensor.
+        context: values that the receiver knows without being told, such as name and step.
     """
 
     values: Tensor
@@ -72,23 +76,36 @@ class Payload:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that travel."""
+        """Return the number of bytes sent."""
         return self.values.numel() * self.values.element_size()
 
 
+class Combine(enum.Enum):
+    """Ways to combine the payloads of several ranks into one aggregate."""
+
+    SUM = "sum"  # added by an allreduce: SummableCodec
+    GATHER = "gather"  # gathered, and decoded one by one: any other Codec
+    JOINT = "joint"  # made by all ranks together in rounds: JointCodec
+    SKETCH = "sketch"  # may be added, but decoding keeps too little for error feedback to converge
+
+
 class Codec(abc.ABC):
-    """A compressor bound to one bucket: the same payload size and dtype at every step.
+    """A compressor bound to one bucket; its payload has the same size and dtype at every step.
 
     Attributes:
-        numel: elements of the payload ("payload").
-        dtype: dtype of the payload; torch.uint8 (a multiple of 8 bytes) where payloads are gathered.
+        combine: how payloads of several ranks become one aggregate.
+        is_sparsifier: True if the payload is a choice of coordinates with their values.
+        numel: elements of the payload.
+        dtype: dtype of the payload; torch.uint8, and ``numel`` a multiple of 8, if payloads are gathered.
     """
 
+    combine: ClassVar[Combine] = Combine.GATHER
+    is_sparsifier: ClassVar[bool] = False
     numel: int
     dtype: torch.dtype
 
     def set_step(self, step: int) -> None:  # noqa: B027
-        """Draw what step ``step`` needs; host work only."""
+        """Make the random draws of step ``step``; must be called before ``encode``. Work of the host only."""
 
     @abc.abstractmethod
     def encode(self, flat: Tensor, payload: Tensor) -> None:
@@ -96,51 +113,57 @@ class Codec(abc.ABC):
 
     @abc.abstractmethod
     def accumulate(self, payload: Tensor, flat: Tensor, alpha: float) -> None:
-        """``flat += alpha * decode(payload)``."""
+        """Add ``alpha * decode(payload)`` to ``flat``."""
 
     def subtract_sent(self, payload: Tensor, flat: Tensor) -> None:
-        """``flat -= decode(payload)`` for the payload of this ``flat``."""
+        """Subtract ``decode(payload)`` from ``flat``, of which it was encoded.
+
+        Override it where the result is known to be zero: a nan would remain if it were subtracted from itself.
+        """
         self.accumulate(payload, flat, -1.0)
 
     def clear(self, payload: Tensor, flat: Tensor) -> None:
-        """Set the coordinates that ``payload`` stands for to zero in ``flat`` (compressors that select coordinates)."""
+        """Set the coordinates of ``flat`` that ``payload`` has values of to zero; implemented by sparsifiers."""
         raise NotImplementedError(f"{type(self).__name__} sends something of every coordinate")
 
 
 class SummableCodec(Codec):
-    """Payloads may be added, and stand for coordinates that all ranks know without being told.
+    """A codec whose payloads may be added: they hold values of coordinates that all ranks know without being told.
 
     Attributes:
         data_independent: True if the payload is a choice of coordinates that does not depend on the data, so
-            that it can be taken from each term of a sum alone, before the sum itself is formed.
+            that each term of a sum can be encoded before the sum is formed.
     """
 
+    combine = Combine.SUM
     data_independent: ClassVar[bool] = False
 
     @abc.abstractmethod
     def write(self, payload: Tensor, flat: Tensor) -> None:
-        """Set the coordinates that ``payload`` stands for in ``flat``, and leave the others as they are."""
+        """Set the coordinates of ``flat`` that ``payload`` has values of, and leave the others unchanged."""
 
     @abc.abstractmethod
     def write_tensors(self, payload: Tensor, tensors: Sequence[Tensor]) -> None:
-        """``write`` into one-dimensional tensors of their own, one per tensor of the layout."""
+        """Do the same as ``write`` for separate one-dimensional tensors of any dtype, one per tensor of the layout."""
 
 
 class JointCodec(abc.ABC):
-    """A payload agreed on in rounds, each made from the mean over ranks of the one before.
+    """A codec whose payload is made in rounds, each of them from the mean over ranks of the one before.
 
-    What is decoded in the end is common to all ranks; each rank's residual is taken against it.
+    The result is the same on all ranks, and each rank's residual is taken against it.
 
     Attributes:
         numels: elements of the payload of each round.
         dtype: dtype of the payloads.
     """
 
+    combine: ClassVar[Combine] = Combine.JOINT
+    is_sparsifier: ClassVar[bool] = False
     numels: tuple[int, ...]
     dtype: torch.dtype
 
     def set_step(self, step: int) -> None:  # noqa: B027
-        """Draw what step ``step`` needs; host work only."""
+        """Make the random draws of step ``step``; must be called before ``encode``. Work of the host only."""
 
     @abc.abstractmethod
     def encode(self, index: int, flat: Tensor, payload: Tensor) -> None:
@@ -148,14 +171,14 @@ class JointCodec(abc.ABC):
 
     @abc.abstractmethod
     def receive(self, index: int, payload: Tensor) -> None:
-        """Take the mean over ranks of the payloads of round ``index``."""
+        """Accept the mean over ranks of the payloads of round ``index``; ``payload`` may be overwritten later."""
 
     @abc.abstractmethod
     def accumulate(self, flat: Tensor, alpha: float) -> None:
-        """``flat += alpha * decode(all rounds)``."""
+        """Add ``alpha`` times the decoded result of all rounds to ``flat``."""
 
     def warm_start(self) -> dict[str, list[Tensor]]:
-        """What makes the next step better and is the same on every rank, by kind: one tensor per parameter."""
+        """Return the state that improves the next step, by kind: one tensor per parameter, the same on every rank."""
         return {}
 
 
@@ -163,26 +186,26 @@ AnyCodec = Union[Codec, JointCodec]
 
 
 class ShardedCodec:
-    """The payload of a bucket as one message per shard, so that each shard has an owner that decodes it.
+    """Codec of a bucket whose payload is one message per shard, each decoded by the owner of the shard.
 
-    By default each shard is compressed by itself. Compressors whose statistics span a tensor (the scale of
-    its signs, say) override ``encode`` to take them before the tensor is cut.
+    By default each shard is compressed by itself. Compressors whose statistics span a tensor (such as the scale of
+    its signs) override ``encode`` to compute them before the tensor is cut.
 
     Attributes:
-        codecs: for each shard the codec that decodes its message.
-        borders: where the shards begin and end in the flat vector, ``len(codecs) + 1`` ascending numbers.
+        codecs: the codec of each shard, which decodes its message.
+        borders: begin of each shard in the flat vector, and the end of the last: ``len(codecs) + 1`` ascending numbers.
     """
 
     def __init__(self, codecs: Sequence[Codec], borders: Sequence[int]) -> None:
         self.codecs, self.borders = list(codecs), list(borders)
 
     def set_step(self, step: int) -> None:
-        """Draw what step ``step`` needs; host work only."""
+        """Make the random draws of step ``step``; work of the host only."""
         for codec in self.codecs:
             codec.set_step(step)
 
     def shard(self, flat: Tensor, index: int) -> Tensor:
-        """View of shard ``index`` of a flat vector."""
+        """Return a view of shard ``index`` of a flat vector."""
         return flat[self.borders[index] : self.borders[index + 1]]
 
     def encode(self, flat: Tensor, payloads: Sequence[Tensor]) -> None:
@@ -191,75 +214,98 @@ class ShardedCodec:
             codec.encode(shard, payload)
 
     def subtract_sent(self, payloads: Sequence[Tensor], flat: Tensor) -> None:
-        """``flat -= decode(payloads)`` for the messages of the last ``encode``."""
+        """Subtract the decoded messages of the last ``encode`` from ``flat``, of which they were encoded."""
         for codec, payload, shard in self._messages(payloads, flat):
             codec.subtract_sent(payload, shard)
 
     def accumulate(self, payloads: Sequence[Tensor], flat: Tensor, alpha: float) -> None:
-        """``flat += alpha * decode(payloads)``, one message for each shard."""
+        """Add ``alpha`` times the decoded messages, one per shard, to ``flat``."""
         for codec, payload, shard in self._messages(payloads, flat):
             codec.accumulate(payload, shard, alpha)
 
     def _messages(self, payloads: Sequence[Tensor], flat: Tensor) -> Iterator[tuple[Codec, Tensor, Tensor]]:
-        """Codec, message and part of ``flat`` of each shard; more ranks than elements leave shards empty."""
+        """Yield codec, message and part of ``flat`` of each shard that is not empty."""
         for index, (codec, payload) in enumerate(zip(self.codecs, payloads)):
             if payload.numel():
                 yield codec, payload, self.shard(flat, index)
 
 
-class Combine(enum.Enum):
-    """How the payloads of several ranks become one aggregate."""
-
-    SUM = "sum"  # they may be added: ring-allreduce; codec() gives a SummableCodec
-    GATHER = "gather"  # each is decoded on its own: allgather; codec() gives a Codec of bytes
-    JOINT = "joint"  # made together in rounds; codec() gives a JointCodec
-    SKETCH = "sketch"  # they may be added, but decoding keeps too little for error feedback to converge
-
-
 class Compressor(abc.ABC):
-    """Base of all compressors: frozen dataclasses, validated when built.
+    """Base class of compressors: frozen dataclasses that validate their arguments.
 
-    Attributes:
-        combine: how payloads of several ranks become one aggregate.
-        lossless: True if ``decode(encode(v))`` equals ``v`` up to the dtype of the payload, so that it may
-            be used without error feedback.
-        selects: True if the payload is a choice of coordinates with their values.
+    A subclass implements ``codec``. Everything else follows from the codec, unless it is overridden.
     """
 
-    combine: Combine = Combine.SUM
-    lossless: ClassVar[bool] = False
-    is_sparsifier: ClassVar[bool] = False
+    @property
+    def combine(self) -> Combine:
+        """Return how payloads of several ranks become one aggregate, by the type of the codec."""
+        return self._codec_properties[0]
 
     @property
-    def summable(self) -> bool:
-        """Whether payloads of several ranks may be added."""
-        return self.combine in (Combine.SUM, Combine.SKETCH)
+    def is_sparsifier(self) -> bool:
+        """Return True if the payload is a choice of coordinates with their values, by the type of the codec."""
+        return self._codec_properties[1]
 
     @property
     def payload_ratio(self) -> float:
-        """About how much of a tensor's bytes its payload has."""
+        """Return the approximate size of a tensor's payload as a fraction of the tensor's bytes."""
         return 1.0
 
     @abc.abstractmethod
-    def encode(self, tensor: Tensor, name: str = "", step: int = 0) -> Payload:
-        """Compress one tensor of any shape; ``name`` and ``step`` seed what is drawn."""
-
-    @abc.abstractmethod
-    def decode(self, payload: Payload) -> Tensor:
-        """The tensor that ``payload`` stands for, in its original shape and dtype."""
-
-    @abc.abstractmethod
     def codec(self, layout: Layout, dtype: torch.dtype, device: torch.device) -> AnyCodec:
-        """Bind to a bucket whose flat vector has ``dtype`` (float32 or float64) and lives on ``device``."""
+        """Bind the compressor to a bucket, which may have no tensors, and whose flat vector lies on ``device``.
+
+        ``dtype`` is that of the flat vector: float32 or float64 in training, and in ``encode`` the tensor's.
+        """
 
     def sharded(self, layout: Layout, borders: Sequence[int], dtype: torch.dtype, device: torch.device) -> ShardedCodec:
-        """As ``codec``, with a message of its own for each shard between ``borders`` (multiples of 8, or the end)."""
+        """Bind the compressor to a bucket as ``codec`` does, with a separate message for each shard.
+
+        Args:
+            borders: begin of each shard and the end of the last; multiples of 8, or the end of the flat vector.
+
+        Raises:
+            ValueError: if the payload is made by all ranks together.
+        """
         codecs = [self.codec(layout.cut(a, b), dtype, device) for a, b in zip(borders, borders[1:])]
         if not all(isinstance(codec, Codec) for codec in codecs):
             raise ValueError(f"{self!r} cannot be cut into shards: its payload is made by all ranks together")
         return ShardedCodec([codec for codec in codecs if isinstance(codec, Codec)], borders)
 
+    def encode(self, tensor: Tensor, name: str = "", step: int = 0) -> Payload:
+        """Compress one tensor of any shape and floating-point dtype, as a bucket that holds nothing else.
+
+        Random draws depend on ``name`` and ``step``. No gradient flows through the payload.
+        """
+        flat = tensor.detach().reshape(-1).contiguous()
+        codec = self._codec_of_one(flat, tensor.shape, name, step)
+        values = torch.empty(codec.numel, dtype=codec.dtype, device=flat.device)
+        codec.encode(flat, values)
+        return Payload(values, tensor.shape, tensor.dtype, {"name": name, "step": step})
+
+    def decode(self, payload: Payload) -> Tensor:
+        """Return the tensor that ``payload`` represents, in its original shape and dtype."""
+        flat = torch.zeros(payload.shape.numel(), dtype=payload.dtype, device=payload.values.device)
+        codec = self._codec_of_one(flat, payload.shape, payload.context["name"], payload.context["step"])
+        if isinstance(codec, SummableCodec):
+            codec.write(payload.values, flat)
+        else:
+            codec.accumulate(payload.values, flat, 1.0)
+        return flat.view(payload.shape)
+
+    def _codec_of_one(self, flat: Tensor, shape: torch.Size, name: str, step: int) -> Codec:
+        codec = self.codec(Layout((name,), (flat.numel(),), (tuple(shape),)), flat.dtype, flat.device)
+        if not isinstance(codec, Codec):
+            raise NotImplementedError(f"{type(self).__name__}: a JointCodec needs an encode and a decode of its own")
+        codec.set_step(step)
+        return codec
+
+    @functools.cached_property
+    def _codec_properties(self) -> tuple[Combine, bool]:
+        codec = self.codec(Layout((), ()), torch.float32, torch.device("cpu"))
+        return codec.combine, codec.is_sparsifier
+
 
 def pieces(flat: Tensor, numels: Sequence[int]) -> tuple[Tensor, ...]:
-    """Consecutive one-dimensional views of ``flat`` with the given lengths."""
+    """Return consecutive one-dimensional views of ``flat`` with the given lengths."""
     return torch.split_with_sizes(flat, list(numels))

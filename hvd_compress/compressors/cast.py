@@ -1,30 +1,20 @@
-"""Compressors that send every element: as it is (Identity), or in a smaller dtype (Cast)."""
+"""Compressors that send every element: unchanged (Identity), or in a smaller dtype (Cast)."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Sequence
+from typing import Sequence
 
 import torch
 from torch import Tensor
 
-from hvd_compress.compressors.base import Compressor, Layout, Payload, SummableCodec, pieces
+from hvd_compress.compressors.base import Compressor, Layout, SummableCodec, pieces
 
 
 @dataclass(frozen=True)
 class Identity(Compressor):
-    """Send everything unchanged: turns every algorithm into plain data-parallel training."""
-
-    lossless: ClassVar[bool] = True
-
-    def encode(self, tensor: Tensor, name: str = "", step: int = 0) -> Payload:
-        """All elements, in the tensor's dtype."""
-        return Payload(tensor.reshape(-1).clone(), tensor.shape, tensor.dtype)
-
-    def decode(self, payload: Payload) -> Tensor:
-        """The tensor itself."""
-        return payload.values.to(payload.dtype).view(payload.shape)
+    """Compressor that sends everything unchanged, which turns every algorithm into plain data-parallel training."""
 
     def codec(self, layout: Layout, dtype: torch.dtype, device: torch.device) -> SummableCodec:
         return IdentityCodec(layout, dtype)
@@ -32,11 +22,12 @@ class Identity(Compressor):
 
 @dataclass(frozen=True)
 class Cast(Compressor):
-    """Send every element as ``dtype``; values beyond its range are sent as its largest finite value,
-    infinities as nan.
+    """Compressor that sends every element as ``dtype``.
+
+    Values beyond its range are sent as its largest finite value, infinities as nan.
 
     Where payloads of P ranks are summed in float16 (EF, DEF), the largest value is 2^15 / P, so that the sum
-    stays in range; error feedback keeps the rest.
+    stays in range; the difference remains in the residual.
 
     Args:
         dtype: torch.float16 or torch.float32, the floating-point types below float64 that Horovod can
@@ -47,7 +38,6 @@ class Cast(Compressor):
         ValueError: for any other dtype.
     """
 
-    lossless: ClassVar[bool] = True
     dtype: torch.dtype = torch.float16
 
     def __post_init__(self) -> None:
@@ -57,31 +47,12 @@ class Cast(Compressor):
                 "which Horovod can sum"
             )
 
-    def encode(self, tensor: Tensor, name: str = "", step: int = 0) -> Payload:
-        """All elements, saturated and rounded to ``dtype``."""
-        values = torch.empty(tensor.numel(), dtype=self.dtype, device=tensor.device)
-        _saturating_copy(tensor.reshape(-1), values)
-        return Payload(values, tensor.shape, tensor.dtype)
-
-    def decode(self, payload: Payload) -> Tensor:
-        """The rounded tensor in its original dtype."""
-        return payload.values.to(payload.dtype).view(payload.shape)
-
     def codec(self, layout: Layout, dtype: torch.dtype, device: torch.device) -> SummableCodec:
         return IdentityCodec(layout, self.dtype)
 
 
-def _saturating_copy(source: Tensor, target: Tensor) -> None:
-    target.copy_(source)
-    limit = torch.finfo(target.dtype).max
-    if limit < torch.finfo(source.dtype).max:
-        target.clamp_(-limit, limit)
-        # An infinity is no number to be paid off bit by bit: it must show.
-        target.masked_fill_(source.isfinite().logical_not_(), math.nan)
-
-
 class IdentityCodec(SummableCodec):
-    """Every coordinate in its place; the payload differs from the flat vector by its dtype at most."""
+    """A codec that sends every coordinate in its place, in the dtype of the flat vector or another."""
 
     def __init__(self, layout: Layout, dtype: torch.dtype) -> None:
         self.numel = layout.total
@@ -89,7 +60,12 @@ class IdentityCodec(SummableCodec):
         self._numels = layout.numels
 
     def encode(self, flat: Tensor, payload: Tensor) -> None:
-        _saturating_copy(flat, payload)
+        payload.copy_(flat)
+        limit = torch.finfo(payload.dtype).max
+        if limit < torch.finfo(flat.dtype).max:
+            payload.clamp_(-limit, limit)
+            # Error feedback could never send all of an infinity, so training should fail visibly.
+            payload.masked_fill_(flat.isfinite().logical_not_(), math.nan)
 
     def accumulate(self, payload: Tensor, flat: Tensor, alpha: float) -> None:
         flat.add_(payload, alpha=alpha)
@@ -99,7 +75,7 @@ class IdentityCodec(SummableCodec):
             flat.zero_()
             return
         self.accumulate(payload, flat, -1.0)
-        flat.nan_to_num_(0.0, 0.0, 0.0)  # what was sent has left, whatever it was
+        flat.nan_to_num_(0.0, 0.0, 0.0)  # values that are not finite have been sent as nan and must not remain
 
     def write(self, payload: Tensor, flat: Tensor) -> None:
         flat.copy_(payload)

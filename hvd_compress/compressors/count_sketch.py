@@ -1,9 +1,9 @@
-"""Count-sketch: a small table into which every coordinate is added, and from which large ones can be told."""
+"""Count-sketch: a small table to which every coordinate is added, and in which the large ones can be recognised."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Optional
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from hvd_compress import validation
 from hvd_compress.compressors.base import Codec, Combine, Compressor, Layout, Payload
 from hvd_compress.compressors.counter_rng import tensor_key
+from hvd_compress.compressors.selection import check_density_and_seed
 from hvd_compress.compressors.sketch_hash import Rotations
 from hvd_compress.native import sketch as native
 
@@ -25,17 +26,17 @@ class CountSketch(Compressor):
     tables may be summed. Each row's estimate is unbiased with variance ``<= ||v||^2 / c``.
 
     The vector is cut into blocks of c elements; element q of block b is hashed to column ``(q + offset[j, b])
-    mod c`` with ``sign[j, b]``. Within a block nothing collides, between blocks two coordinates do with
-    probability 1/c, as with a hash of every coordinate; but everything is read as a stream. Offsets and signs
-    are pure functions of (seed, names, step, j, b), so nothing but the table travels.
+    mod c`` with ``sign[j, b]``. Two coordinates never collide within a block, and collide between blocks with
+    probability 1/c, as if every coordinate were hashed; but memory is read in order. Offsets and signs are pure
+    functions of (seed, names, step, j, b), so only the table is sent.
 
-    The estimates keep too little for error feedback on them to converge; their largest are meant as a choice
-    of coordinates that all ranks agree on (``CountSketchCodec.heavy_hitters``).
+    The estimates keep too little for error feedback on them to converge. Their largest serve as a choice of
+    coordinates that all ranks agree on (``CountSketchCodec.heavy_hitters``).
 
     Args:
         density: size of the table as a fraction of elements, 0 < density <= 1, unless ``columns`` is given:
             ``c = max(1, floor(n * density / rows))`` for n elements. With density 1, c = n and decoding is exact.
-        rows: r >= 1; the median of an odd number is cheaper and better than that of the next even one.
+        rows: r >= 1; the median of an odd number is faster and more exact than that of the next even one.
         columns: c for every bucket, whatever its size (but never more than n).
         seed: seed of the draw; must be the same on every rank.
 
@@ -43,82 +44,71 @@ class CountSketch(Compressor):
         ValueError: if an argument is out of range.
     """
 
-    combine = Combine.SKETCH
     density: float = 1 / 100
     rows: int = 5
     columns: Optional[int] = None
     seed: int = 0
 
     def __post_init__(self) -> None:
-        validation.density("CountSketch", self.density)
+        check_density_and_seed(self)
         validation.integer("CountSketch", "rows", self.rows, 1)
         if self.columns is not None:
             validation.integer("CountSketch", "columns", self.columns, 1)
             object.__setattr__(self, "columns", int(self.columns))
-        validation.integer("CountSketch", "seed", self.seed, 0)
-        object.__setattr__(self, "density", float(self.density))  # one repr: ranks compare it
         object.__setattr__(self, "rows", int(self.rows))
-        object.__setattr__(self, "seed", int(self.seed))
 
     @property
     def payload_ratio(self) -> float:
-        """``density``, or ``rows`` where rows are as long as the vector; 1 if ``columns`` is given: not known."""
+        """Return ``density``, or ``rows`` if rows are as long as the vector, or 1 (unknown) if ``columns`` is given."""
         if self.columns is not None:
             return 1.0
         return float(self.rows) if self.density == 1 else self.density
 
     def width(self, numel: int) -> int:
-        """Columns of the table for a vector of ``numel`` elements; 0 for an empty one."""
+        """Return the number of columns for a vector of ``numel`` elements; 0 for an empty one."""
         if self.columns is not None:
             return min(self.columns, numel)
         return min(numel, numel if self.density == 1 else max(1, math.floor(numel * self.density / self.rows)))
 
     def encode(self, tensor: Tensor, name: str = "", step: int = 0) -> Payload:
-        """The tensor's table, row by row: in float32, or float64 for float64 tensors."""
-        flat = tensor.reshape(-1).to(torch.float64 if tensor.dtype == torch.float64 else torch.float32)
-        codec = self.codec(Layout((name,), (flat.numel(),)), flat.dtype, flat.device)
-        codec.set_step(step)
-        values = flat.new_empty(codec.numel)
-        codec.encode(flat, values)
-        return Payload(values, tensor.shape, tensor.dtype, {"name": name, "step": step})
+        """Return the tensor's table, row by row: in float32, or float64 for float64 tensors."""
+        wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+        return replace(super().encode(wide, name, step), dtype=tensor.dtype)
 
     def decode(self, payload: Payload) -> Tensor:
-        """The estimate of every coordinate."""
-        numel, values = payload.shape.numel(), payload.values
-        codec = self.codec(Layout((payload.context["name"],), (numel,)), values.dtype, values.device)
-        codec.set_step(payload.context["step"])
-        out = values.new_empty(numel)
-        codec.estimate(values, out)
-        return out.to(payload.dtype).view(payload.shape)
+        """Return the estimate of every coordinate."""
+        return super().decode(replace(payload, dtype=payload.values.dtype)).to(payload.dtype)
 
     def codec(self, layout: Layout, dtype: torch.dtype, device: torch.device) -> CountSketchCodec:
         return CountSketchCodec(self, layout, dtype, device)
 
 
 class CountSketchCodec(Codec):
-    """One table for a bucket's whole flat vector; what is drawn depends on the names of all its tensors.
+    """Codec with one table for a bucket's whole flat vector; its hash depends on the names of all its tensors.
 
     Attributes:
         rows: r.
         columns: c; the payload is the table (r, c), row by row.
     """
 
+    combine = Combine.SKETCH
+
     def __init__(self, config: CountSketch, layout: Layout, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype = dtype
         self.rows, self.columns = config.rows, config.width(layout.total)
         self.numel = self.rows * self.columns
         self._n, self._device = layout.total, device
-        self._map: Optional[Rotations] = None
-        self._step, self._drawn = 0, -1
+        self._hash: Optional[Rotations] = None
+        self._step, self._drawn_step = 0, -1
         self._estimates: Optional[Tensor] = None
-        self._found: Optional[tuple[Tensor, Tensor]] = None
+        self._candidates: Optional[tuple[Tensor, Tensor]] = None
         if self._n:
             name = "\0".join(layout.names)
             keys = [tensor_key(config.seed, f"{name}\0row {j}") for j in range(self.rows)]
-            self._map = Rotations(keys, self._n, self.columns, dtype, device)
+            self._hash = Rotations(keys, self._n, self.columns, dtype, device)
 
     def set_step(self, step: int) -> None:
-        self._step = step  # what is drawn is drawn on the device, when it is needed
+        self._step = step  # the draw itself is made on the device, when it is first needed
 
     def encode(self, flat: Tensor, payload: Tensor) -> None:
         """Overwrite ``payload`` with the table of ``flat``."""
@@ -139,10 +129,10 @@ class CountSketchCodec(Codec):
             self._rotations().estimate(payload.view(self.rows, self.columns), flat, alpha)
 
     def heavy_hitters(self, payload: Tensor, count: int) -> Tensor:
-        """Ascending indices of the ``count`` coordinates whose estimates are largest in magnitude, as int64.
+        """Return the ascending int64 indices of the ``count`` coordinates whose estimates are largest in magnitude.
 
-        A pure function of the bits of ``payload`` (and so the same on every rank); nan counts as infinite. Of
-        equal estimates the lowest indices are taken on the CPU, and what ``torch.topk`` takes elsewhere.
+        They are a pure function of the bits of ``payload``, and so the same on every rank. nan counts as infinite.
+        Of equal estimates the lowest indices are taken on the CPU, and those that ``torch.topk`` takes elsewhere.
 
         Args:
             payload: a table, or the sum of several.
@@ -160,11 +150,11 @@ class CountSketchCodec(Codec):
             return torch.empty(0, dtype=torch.int64, device=self._device)
         rotations, table = self._rotations(), payload.view(self.rows, self.columns)
         if native.applies(self.rows, payload):
-            room = native.room(self._n, count)
-            if self._found is None or self._found[1].numel() != room:
-                self._found = torch.empty(room, dtype=torch.int64), torch.empty(room, dtype=torch.int32)
-            native.largest(table, rotations.offsets, rotations.signs, self._n, count, *self._found)
-            return self._found[0][:count]
+            capacity = native.candidate_capacity(self._n, count)
+            if self._candidates is None or self._candidates[1].numel() != capacity:
+                self._candidates = torch.empty(capacity, dtype=torch.int64), torch.empty(capacity, dtype=torch.int32)
+            native.largest(table, rotations.offsets, rotations.signs, self._n, count, *self._candidates)
+            return self._candidates[0][:count]
         if self._estimates is None:
             self._estimates = torch.empty(self._n, dtype=self.dtype, device=self._device)
         rotations.estimate(table, self._estimates)
@@ -173,15 +163,15 @@ class CountSketchCodec(Codec):
         return _first_of_ties(sizes, top.values) if payload.device.type == "cpu" else top.indices.sort().values
 
     def _rotations(self) -> Rotations:
-        assert self._map is not None
-        if self._drawn != self._step:
-            self._map.draw(self._step)
-            self._drawn = self._step
-        return self._map
+        assert self._hash is not None
+        if self._drawn_step != self._step:
+            self._hash.draw(self._step)
+            self._drawn_step = self._step
+        return self._hash
 
 
 def _first_of_ties(sizes: Tensor, largest: Tensor) -> Tensor:
-    """Ascending indices of the values ``largest`` in ``sizes``; of the least of them the first ones."""
+    """Return the ascending indices of the values ``largest`` in ``sizes``; of equal ones the first are taken."""
     least = largest.min()
     above = (sizes > least).nonzero().view(-1)
     equal = (sizes == least).nonzero().view(-1)[: largest.numel() - above.numel()]

@@ -1,4 +1,4 @@
-"""PowerSGD (Vogels, Karimireddy, Jaggi 2019): each matrix as the product of two thin ones."""
+"""PowerSGD (Vogels, Karimireddy, Jaggi 2019): each matrix is approximated by the product of two thin ones."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hvd_compress import validation
 from hvd_compress.compressors import counter_rng
-from hvd_compress.compressors.base import Combine, Compressor, JointCodec, Layout, Payload, pieces
+from hvd_compress.compressors.base import Compressor, JointCodec, Layout, Payload, pieces
 from hvd_compress.compressors.counter_rng import tensor_key
 
 
@@ -18,13 +18,13 @@ from hvd_compress.compressors.counter_rng import tensor_key
 class LowRank(Compressor):
     """Rank-r approximation of every matrix by one power iteration (PowerSGD, Vogels et al. 2019, algorithm 1).
 
-    With M (n x m) and Q (m x r): ``P = M Q``, orthonormalised; ``Q = M^T P``; M is taken for ``P Q^T``, its
+    With M (n x m) and Q (m x r): ``P = M Q``, orthonormalised; ``Q = M^T P``; M is approximated by ``P Q^T``, its
     projection on the columns of P. Ranks average P before it is orthonormalised, and Q, so that the result is
-    that of their mean matrix. A bucket's codec starts the next step with the last Q (warm start), which on a
-    matrix that stays the same is subspace iteration.
+    that of their mean matrix. A bucket's codec starts the next step with the last Q (warm start), which is
+    subspace iteration if the matrix remains the same.
 
-    A tensor is seen as a matrix of its first dimension by the others; dimensions of one element are left out.
-    What is left with fewer than two dimensions, or with ``r (n + m) >= n m``, travels whole. r is at most
+    A tensor is viewed as a matrix of its first dimension by the others; dimensions of one element are left out.
+    A tensor with fewer than two dimensions left, or with ``r (n + m) >= n m``, is sent whole. r is at most
     n and m.
 
     Args:
@@ -35,7 +35,6 @@ class LowRank(Compressor):
         ValueError: if an argument is out of range.
     """
 
-    combine = Combine.JOINT
     rank: int = 4
     seed: int = 0
 
@@ -46,7 +45,7 @@ class LowRank(Compressor):
         object.__setattr__(self, "seed", int(self.seed))
 
     def factors(self, shape: Sequence[int]) -> tuple[int, int, int]:
-        """(n, m, r) of a tensor's factors P (n x r) and Q (m x r); (0, 0, 0) if it travels whole."""
+        """Return (n, m, r) of a tensor's factors P (n x r) and Q (m x r); (0, 0, 0) if it is sent whole."""
         sizes = [size for size in shape if size != 1]
         if len(sizes) < 2:
             return 0, 0, 0
@@ -55,7 +54,7 @@ class LowRank(Compressor):
         return (n, m, r) if r * (n + m) < n * m else (0, 0, 0)
 
     def encode(self, tensor: Tensor, name: str = "", step: int = 0) -> Payload:
-        """P and Q one after the other, in float32 (float64 for float64 tensors); or the whole tensor as it is.
+        """Return P and Q one after the other, in float32 (float64 for float64 tensors), or the whole tensor unchanged.
 
         The power iteration starts with a Q drawn from (seed, name, step).
         """
@@ -70,7 +69,7 @@ class LowRank(Compressor):
         return Payload(torch.cat((p.reshape(-1), q.reshape(-1))), tensor.shape, tensor.dtype, context)
 
     def decode(self, payload: Payload) -> Tensor:
-        """``P Q^T``."""
+        """Return ``P Q^T``, or the whole tensor."""
         n, m, r = payload.context["factors"]
         if not r:
             return payload.values.to(payload.dtype).view(payload.shape)
@@ -82,14 +81,16 @@ class LowRank(Compressor):
 
 
 class _Matrix(NamedTuple):
-    place: int  # in the layout
+    """Position of a tensor in the layout, and the sizes of its factors."""
+
+    position: int
     n: int
     m: int
     r: int
 
 
 class LowRankCodec(JointCodec):
-    """PowerSGD of a bucket, in two rounds: every P and the tensors that travel whole; then every Q.
+    """PowerSGD of a bucket, in two rounds: all P and the tensors that are sent whole; then all Q.
 
     Attributes:
         numels: elements of the rounds' payloads.
@@ -100,18 +101,18 @@ class LowRankCodec(JointCodec):
         self.dtype = dtype
         self._numels = layout.numels
         matrices = [_Matrix(i, *config.factors(shape)) for i, shape in enumerate(layout.dimensions())]
-        self._whole = [matrix.place for matrix in matrices if not matrix.r]
-        # Factors of one shape lie side by side, so that what is done to them is one operation.
-        self._by_p = sorted((x for x in matrices if x.r), key=lambda x: (x.n, x.r, x.place))
-        self._by_q = sorted(self._by_p, key=lambda x: (x.m, x.r, x.place))
+        self._whole = [matrix.position for matrix in matrices if not matrix.r]
+        # Factors of the same shape are neighbours, so that one batched operation works on all of them.
+        self._by_p = sorted((x for x in matrices if x.r), key=lambda x: (x.n, x.r, x.position))
+        self._by_q = sorted(self._by_p, key=lambda x: (x.m, x.r, x.position))
         self._p_runs, self._q_runs = _runs([(x.n, x.r) for x in self._by_p]), _runs([(x.m, x.r) for x in self._by_q])
         self._p_total = sum(x.n * x.r for x in self._by_p)
         self.numels = (self._p_total + sum(layout.numels[i] for i in self._whole), sum(x.m * x.r for x in self._by_q))
 
-        # The first round as received, its factors orthonormalised; the second, with which the next step starts.
+        # The first round as received, with orthonormalised factors; the second, with which the next step starts.
         self._first = torch.zeros(self.numels[0], dtype=dtype, device=device)
         self._second = torch.zeros(self.numels[1], dtype=dtype, device=device)
-        keys = [tensor_key(config.seed, layout.names[x.place]) for x in self._by_q]
+        keys = [tensor_key(config.seed, layout.names[x.position]) for x in self._by_q]
         drawn = [counter_rng.nearly_normal(key, (x.m, x.r), device).view(-1) for key, x in zip(keys, self._by_q)]
         self._cold = torch.cat(drawn).to(dtype) if drawn else self._second.clone()
         for batch in _batches(self._cold, self._q_runs):
@@ -120,13 +121,13 @@ class LowRankCodec(JointCodec):
         self.reset()
 
     def reset(self) -> None:
-        """Forget the last step: start with a Q drawn from (seed, name) again."""
+        """Discard the warm start, so that the next step starts with the Q drawn from (seed, name)."""
         self._second.copy_(self._cold)
 
     def encode(self, index: int, flat: Tensor, payload: Tensor) -> None:
         parts = pieces(flat, self._numels)
         if index == 0:
-            self._refresh()
+            self._rescale_columns()
             for i, p in self._ps(payload).items():
                 torch.mm(parts[i].view(len(p), -1), self._q[i], out=p)
             if self._whole:
@@ -136,9 +137,9 @@ class LowRankCodec(JointCodec):
                 torch.mm(parts[i].view(-1, len(q)).t(), self._p[i], out=q)
 
     def receive(self, index: int, payload: Tensor) -> None:
-        """Take the mean over ranks; P is orthonormalised here, from the same bits on every rank.
+        """Accept the mean over ranks and orthonormalise P, from the same bits on every rank.
 
-        The columns are orthonormal also where P is zero or of lower rank (Householder reflections).
+        The columns are orthonormal even if P is zero or of lower rank (Householder reflections).
         """
         if index:
             self._second.copy_(payload)
@@ -157,31 +158,36 @@ class LowRankCodec(JointCodec):
             torch._foreach_add_([parts[i] for i in self._whole], list(received), alpha=alpha)
 
     def warm_start(self) -> dict[str, list[Tensor]]:
-        """``{"warm": [Q (m x r), or of tensors that travel whole nothing (0)]}``: live views that may be written."""
+        """Return ``{"warm": [Q (m x r) of each tensor]}``, as views that may be written.
+
+        A tensor that is sent whole has no elements there.
+        """
         nothing = self._second[:0]
         return {"warm": [self._q.get(i, nothing) for i in range(len(self._numels))]}
 
-    def _refresh(self) -> None:
-        """Scale the columns of Q to one, and draw those anew that are zero or not finite.
+    def _rescale_columns(self) -> None:
+        """Scale the columns of Q to a largest element of 1, and replace those that are zero or not finite.
 
-        P spans the same, but is as large as M and not as its square, which may be out of range. Dead columns
-        would stay dead for ever.
+        The columns of P then span the same space, but have the magnitude of M and not of its square, which may be
+        out of range. Zero columns would remain zero for ever, so the drawn ones take their place.
         """
         for last, cold in zip(_batches(self._second, self._q_runs), _batches(self._cold, self._q_runs)):
             size = last.abs().amax(dim=1, keepdim=True)
             last.copy_(torch.where((size > 0) & (size < float("inf")), last / size, cold))
 
     def _ps(self, payload: Tensor) -> dict[int, Tensor]:
+        """Return views of every P in a payload of the first round, by position in the layout."""
         parts = pieces(payload[: self._p_total], [x.n * x.r for x in self._by_p])
-        return {x.place: part.view(x.n, x.r) for x, part in zip(self._by_p, parts)}
+        return {x.position: part.view(x.n, x.r) for x, part in zip(self._by_p, parts)}
 
     def _qs(self, payload: Tensor) -> dict[int, Tensor]:
+        """Return views of every Q in a payload of the second round, by position in the layout."""
         parts = pieces(payload, [x.m * x.r for x in self._by_q])
-        return {x.place: part.view(x.m, x.r) for x, part in zip(self._by_q, parts)}
+        return {x.position: part.view(x.m, x.r) for x, part in zip(self._by_q, parts)}
 
 
 def _runs(shapes: Sequence[tuple[int, int]]) -> list[tuple[int, int, int]]:
-    """(number, rows, columns) of equal neighbours."""
+    """Return (number, rows, columns) of each run of equal shapes."""
     runs: list[tuple[int, int, int]] = []
     for shape in shapes:
         if runs and runs[-1][1:] == shape:
@@ -192,6 +198,6 @@ def _runs(shapes: Sequence[tuple[int, int]]) -> list[tuple[int, int, int]]:
 
 
 def _batches(flat: Tensor, runs: Sequence[tuple[int, int, int]]) -> list[Tensor]:
-    """The start of ``flat`` as one view (number, rows, columns) per run."""
+    """Return one view (number, rows, columns) per run of the first elements of ``flat``."""
     length = sum(k * a * b for k, a, b in runs)
     return [part.view(run) for part, run in zip(pieces(flat[:length], [k * a * b for k, a, b in runs]), runs)]

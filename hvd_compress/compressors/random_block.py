@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Sequence
+from typing import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hvd_compress import validation
 from hvd_compress.compressors.base import Compressor, Layout, Payload, SummableCodec
-from hvd_compress.compressors.counter_rng import draw, kept, tensor_key
+from hvd_compress.compressors.counter_rng import draw, tensor_key
+from hvd_compress.compressors.selection import SelectionCodec, check_density_and_seed, sent_count
 
 
 @dataclass(frozen=True)
 class RandomBlock(Compressor):
-    """Send one contiguous block of each tensor, at a random place that all ranks agree on.
+    """Sparsifier that sends one contiguous block of each tensor, at a random place that all ranks agree on.
 
     With ``b = max(1, floor(n * density))`` and ``start`` uniform in [0, n), the coordinates
     ``(start + i) mod n, 0 <= i < b`` are sent, unscaled: each with probability exactly ``b / n``
     (Xu & Huang 2022, section 3). The place is a pure function of (seed, tensor name, step), so no index
-    travels and the payload can be summed by a ring-allreduce.
+    is sent and payloads can be summed by a ring-allreduce.
 
     Args:
         density: fraction of elements sent, 0 < density <= 1.
@@ -31,39 +31,37 @@ class RandomBlock(Compressor):
         ValueError: if an argument is out of range.
     """
 
-    is_sparsifier: ClassVar[bool] = True
     density: float = 1 / 64
     seed: int = 0
 
     def __post_init__(self) -> None:
-        validation.density("RandomBlock", self.density)
-        validation.integer("RandomBlock", "seed", self.seed, 0)
-        object.__setattr__(self, "density", float(self.density))  # one repr: ranks compare it
-        object.__setattr__(self, "seed", int(self.seed))
+        check_density_and_seed(self)
 
     @property
     def payload_ratio(self) -> float:
         return self.density
 
     def selection(self, name: str, numel: int, step: int) -> tuple[int, int]:
-        """(start, length) of the block of tensor ``name`` with ``numel`` elements at ``step``; a pure function."""
-        length = kept(numel, self.density)
+        """Return (start, length) of the block of tensor ``name`` with ``numel`` elements at ``step``."""
         if numel == 0:
             return 0, 0
         key = np.array([tensor_key(self.seed, name)], dtype=np.uint64)
-        return int(draw(key, step)[0] % np.uint64(numel)), length
+        return int(draw(key, step)[0] % np.uint64(numel)), sent_count(numel, self.density)
 
     def encode(self, tensor: Tensor, name: str = "", step: int = 0) -> Payload:
-        """The block's values, in the order of the selection (so a wrapped block starts at ``start``)."""
-        flat = tensor.reshape(-1)
+        """Return the block's values in the tensor's dtype, in the order of the selection.
+
+        A block that wraps begins with the values at ``start``. A bucket's payload has each tensor's values in memory
+        order instead.
+        """
+        flat = tensor.detach().reshape(-1)
         start, length = self.selection(name, flat.numel(), step)
         head = flat[start : start + length]
         values = torch.cat((head, flat[: length - head.numel()]))
-        context: dict[str, Any] = {"start": start, "length": length}
-        return Payload(values, tensor.shape, tensor.dtype, context)
+        return Payload(values, tensor.shape, tensor.dtype, {"start": start, "length": length})
 
     def decode(self, payload: Payload) -> Tensor:
-        """Zeros, and the block's values in their place."""
+        """Return the block's values at their coordinates, and zeros elsewhere."""
         out = payload.values.new_zeros(payload.shape.numel(), dtype=payload.dtype)
         start, length = payload.context["start"], payload.context["length"]
         head = min(length, out.numel() - start)
@@ -75,24 +73,21 @@ class RandomBlock(Compressor):
         return _RandomBlockCodec(self, layout, dtype)
 
 
-class _RandomBlockCodec(SummableCodec):
-    """All blocks of a bucket at once.
+class _RandomBlockCodec(SelectionCodec):
+    """Codec of all blocks of a bucket at once.
 
-    Each tensor is cut in four runs: the block's wrapped end, a gap, the block, the rest (see ``begin``), so
-    one ``split`` of the flat vector gives every block as a view, in memory order and without any index
-    tensor or loop. Empty runs are views of no elements.
+    Each tensor is cut into four runs: the end of the block that wraps, a gap, the block, the rest. So one ``split``
+    of the flat vector gives every block as views, in memory order and without any index tensor or loop. Runs
+    may be empty.
     """
 
-    data_independent = True
-
     def __init__(self, config: RandomBlock, layout: Layout, dtype: torch.dtype) -> None:
-        self.dtype = dtype
         self._n = np.array(layout.numels, dtype=np.int64)
-        self._b = np.array([kept(n, config.density) for n in layout.numels], dtype=np.int64)
+        self._b = np.array([sent_count(n, config.density) for n in layout.numels], dtype=np.int64)
         self._keys = np.array([tensor_key(config.seed, name) for name in layout.names], dtype=np.uint64)
         self._modulus = np.maximum(self._n, 1).astype(np.uint64)
-        self.numel = int(self._b.sum())
         self._runs: list[int] = []
+        super().__init__(layout, int(self._b.sum()), dtype)
 
     def set_step(self, step: int) -> None:
         start = (draw(self._keys, step) % self._modulus).astype(np.int64)
@@ -101,30 +96,20 @@ class _RandomBlockCodec(SummableCodec):
         runs = np.stack((wrapped, start - wrapped, body, self._n - start - body), axis=1)
         self._runs = runs.ravel().tolist()
 
-    def _blocks(self, flat: Tensor) -> list[Tensor]:
-        return list(torch.split_with_sizes(flat, self._runs)[::2])
-
-    def _values(self, payload: Tensor) -> list[Tensor]:
-        return list(torch.split_with_sizes(payload, self._runs[::2]))
-
-    def encode(self, flat: Tensor, payload: Tensor) -> None:
-        torch.cat(self._blocks(flat), out=payload)
-
-    def accumulate(self, payload: Tensor, flat: Tensor, alpha: float) -> None:
-        torch._foreach_add_(self._blocks(flat), self._values(payload), alpha=alpha)
-
-    def subtract_sent(self, payload: Tensor, flat: Tensor) -> None:
-        self.clear(payload, flat)  # the same for numbers, and a nan that was sent leaves with the payload
-
-    def write(self, payload: Tensor, flat: Tensor) -> None:
-        torch._foreach_copy_(self._blocks(flat), self._values(payload))
-
-    def clear(self, payload: Tensor, flat: Tensor) -> None:
-        torch._foreach_zero_(self._blocks(flat))
-
-    def write_tensors(self, payload: Tensor, tensors: Sequence[Tensor]) -> None:
+    def select(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         blocks: list[Tensor] = []
         for tensor, k in zip(tensors, range(0, len(self._runs), 4)):
             wrapped, gap, body, _ = self._runs[k : k + 4]
             blocks += tensor[:wrapped], tensor[wrapped + gap : wrapped + gap + body]
-        torch._foreach_copy_(blocks, self._values(payload))
+        return blocks
+
+    def select_flat(self, flat: Tensor) -> list[Tensor]:
+        return list(torch.split_with_sizes(flat, self._runs)[::2])
+
+    # The views always fill the payload and their lengths are known; asking for them would take a tenth of the time.
+
+    def slots(self, payload: Tensor, views: list[Tensor]) -> list[Tensor]:
+        return list(torch.split_with_sizes(payload, self._runs[::2]))
+
+    def encode(self, flat: Tensor, payload: Tensor) -> None:
+        torch.cat(self.select_flat(flat), out=payload)

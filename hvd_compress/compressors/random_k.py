@@ -3,33 +3,33 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Sequence
+from typing import Any, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from hvd_compress import validation
-from hvd_compress.compressors.base import Compressor, Layout, Payload, SummableCodec, pieces
-from hvd_compress.compressors.counter_rng import U64, draw, kept, mix, tensor_key
+from hvd_compress.compressors.base import Compressor, Layout, SummableCodec, pieces
+from hvd_compress.compressors.counter_rng import U64, draw, mix, tensor_key
+from hvd_compress.compressors.selection import check_density_and_seed, sent_count
 
 _I64 = npt.NDArray[np.int64]
-ROUNDS = 6  # with 4 the pairs of coordinates in small tensors are visibly not uniform
-CHUNK = 2**15  # places drawn at once: what they need stays in the cache
+ROUNDS = 6  # with 4, pairs of coordinates in small tensors are visibly not uniform
+CHUNK = 2**15  # coordinates drawn at once, so that intermediate results stay in the cache
 _HALF = np.uint64(32)
 
 
 @dataclass(frozen=True)
 class RandomK(Compressor):
-    """Send k random coordinates of each tensor, at places that all ranks agree on.
+    """Sparsifier that sends k random coordinates of each tensor, which all ranks agree on.
 
     Of n elements ``k = max(1, floor(n * density))`` distinct ones are sent, unscaled: each with probability
     ``k / n``, so that ``E ||v - C(v)||_2^2 = (1 - k/n) ||v||_2^2`` (Stich et al. 2018, "Sparsified SGD with
-    memory"). The places are a pure function of (seed, tensor name, step), so no index travels and the payload
+    memory"). The coordinates are a pure function of (seed, tensor name, step), so no index is sent and payloads
     can be summed by a ring-allreduce.
 
-    The places are the first k values of a keyed permutation of [0, n): a Feistel network of 6 rounds on
+    The coordinates are the first k values of a keyed permutation of [0, n): a Feistel network of 6 rounds on
     Z_a x Z_b, where a = ceil(sqrt(n)) and b = ceil(n / a), that is run again from values >= n (Black &
     Rogaway 2002, "Ciphers with arbitrary finite domains"), and then rotated by a uniform distance.
 
@@ -41,34 +41,19 @@ class RandomK(Compressor):
         ValueError: if an argument is out of range.
     """
 
-    is_sparsifier: ClassVar[bool] = True
     density: float = 1 / 100
     seed: int = 0
 
     def __post_init__(self) -> None:
-        validation.density("RandomK", self.density)
-        validation.integer("RandomK", "seed", self.seed, 0)
-        object.__setattr__(self, "density", float(self.density))  # one repr: ranks compare it
-        object.__setattr__(self, "seed", int(self.seed))
+        check_density_and_seed(self)
 
     @property
     def payload_ratio(self) -> float:
         return self.density
 
     def selection(self, name: str, numel: int, step: int) -> _I64:
-        """Places sent of tensor ``name`` with ``numel`` elements at ``step``, ascending; a pure function."""
-        return _Places(self, Layout((name,), (numel,))).draw(step)
-
-    def encode(self, tensor: Tensor, name: str = "", step: int = 0) -> Payload:
-        """The values at the places of ``selection``, in the tensor's dtype."""
-        index = _upload(self.selection(name, tensor.numel(), step), tensor.device)
-        values = tensor.reshape(-1).index_select(0, index)
-        return Payload(values, tensor.shape, tensor.dtype, {"index": index})
-
-    def decode(self, payload: Payload) -> Tensor:
-        """Zeros, and the values in their places."""
-        out = payload.values.new_zeros(payload.shape.numel(), dtype=payload.dtype)
-        return out.index_copy_(0, payload.context["index"], payload.values).view(payload.shape)
+        """Return the ascending int64 coordinates sent of tensor ``name`` with ``numel`` elements at ``step``."""
+        return _Coordinates(self, Layout((name,), (numel,))).draw(step)
 
     def codec(self, layout: Layout, dtype: torch.dtype, device: torch.device) -> SummableCodec:
         return _RandomKCodec(self, layout, dtype, device)
@@ -78,20 +63,20 @@ def _upload(index: npt.NDArray[Any], device: torch.device) -> Tensor:
     return torch.from_numpy(index).to(device, non_blocking=True)
 
 
-class _Places:
-    """Draws for all tensors of a layout at once, all in numpy.
+class _Coordinates:
+    """The random draw for all tensors of a layout at once, in numpy.
 
     Attributes:
         counts: k of each tensor.
-        tensor: for each place drawn, which tensor it is in.
-        offsets: where the tensors begin in the flat vector.
+        tensor: int32, for each coordinate sent, the index of its tensor.
+        offsets: int64, the begin of each tensor in the flat vector.
     """
 
     def __init__(self, config: RandomK, layout: Layout) -> None:
         n = np.array(layout.numels, dtype=np.int64)
         a = np.ceil(np.sqrt(n)).astype(np.int64)
         b = -(-n // np.maximum(a, 1))
-        self.counts = [kept(numel, config.density) for numel in layout.numels]
+        self.counts = [sent_count(numel, config.density) for numel in layout.numels]
         self.tensor: npt.NDArray[np.int32] = np.repeat(np.arange(len(n), dtype=np.int32), self.counts)
         self.offsets: _I64 = np.cumsum(n) - n
         self._first: _I64 = np.cumsum(self.counts, dtype=np.int64) - np.array(self.counts, dtype=np.int64)
@@ -99,7 +84,7 @@ class _Places:
         self._n, self._a, self._b = n.astype(np.uint64), a.astype(np.uint64), b.astype(np.uint64)
 
     def draw(self, step: int) -> _I64:
-        """Places in the flat vector, ascending."""
+        """Return the ascending coordinates of step ``step`` in the flat vector, int64."""
         base = draw(self._keys, step)
         keys = [draw(base, index) for index in range(ROUNDS)]
         start = draw(base, ROUNDS) % np.maximum(self._n, np.uint64(1))
@@ -108,24 +93,27 @@ class _Places:
             tensor = self.tensor[low : low + CHUNK]
             rank = np.arange(low, low + len(tensor))
             if tensor[0] == tensor[-1]:
-                tensor = tensor[:1]  # one tensor's numbers for all: quicker than an array of them
+                tensor = tensor[:1]  # broadcasting one tensor's numbers is faster than an array of equal ones
             rank -= self._first[tensor]
-            place = self._permuted(rank.astype(np.uint64), tensor, keys)
-            place += start[tensor]
-            _wrap(place, self._n[tensor])
-            np.add(place.view(np.int64), self.offsets[tensor], out=found[low : low + CHUNK])
+            coordinate = self._permuted(rank.astype(np.uint64), tensor, keys)
+            coordinate += start[tensor]
+            _wrap(coordinate, self._n[tensor])
+            np.add(coordinate.view(np.int64), self.offsets[tensor], out=found[low : low + CHUNK])
         found.sort()
         return found
 
     def _permuted(self, rank: U64, tensor: npt.NDArray[np.int32], keys: Sequence[U64]) -> U64:
-        """The permutation's values; those outside, fewer than one in sqrt(n), go through it until they are inside."""
+        """Return the images of ``rank`` under the keyed permutation of each tensor.
+
+        Values >= n, fewer than one in sqrt(n), are permuted again until they are below n.
+        """
         a, b = self._a[tensor], self._b[tensor]
         x = rank // b
-        y = rank - x * b  # the first ranks differ here: the first round takes its hash of y
+        y = rank - x * b  # the first ranks differ in y, so the first round hashes y
         for index, key in enumerate(keys):
             fixed, moved, side = (y, x, a) if index % 2 == 0 else (x, y, b)
             hashed = mix(key[tensor] + fixed)
-            # The upper half of (upper half times side): uniform in [0, side) without a division.
+            # The upper half of the product of side and the upper half is uniform in [0, side), without a division.
             hashed >>= _HALF
             hashed *= side
             hashed >>= _HALF
@@ -140,26 +128,28 @@ class _Places:
 
 
 def _wrap(value: U64, modulus: U64) -> None:
-    """``value %= modulus`` for values below twice the modulus: a difference below 0 is a huge number."""
+    """Compute ``value %= modulus`` in place for values below twice the modulus."""
+    # If the difference is negative, it wraps to a huge number and the minimum is the value itself.
     np.minimum(value, value - modulus, out=value)
 
 
 class _RandomKCodec(SummableCodec):
-    """All tensors of a bucket by one index into its flat vector; a new one at each ``begin``."""
+    """Codec of all tensors of a bucket by one index into its flat vector, drawn by ``set_step``."""
 
+    is_sparsifier = True
     data_independent = True
 
     def __init__(self, config: RandomK, layout: Layout, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype = dtype
-        self._places, self._device = _Places(config, layout), device
-        self._counts = self._places.counts
+        self._coordinates, self._device = _Coordinates(config, layout), device
+        self._counts = self._coordinates.counts
         self.numel = sum(self._counts)
         self._index = torch.zeros(self.numel, dtype=torch.int64, device=device)
-        self._tensor = _upload(self._places.tensor, device)
-        self._offsets = _upload(self._places.offsets, device)
+        self._tensor = _upload(self._coordinates.tensor, device)
+        self._offsets = _upload(self._coordinates.offsets, device)
 
     def set_step(self, step: int) -> None:
-        self._index = _upload(self._places.draw(step), self._device)
+        self._index = _upload(self._coordinates.draw(step), self._device)
 
     def encode(self, flat: Tensor, payload: Tensor) -> None:
         torch.index_select(flat, 0, self._index, out=payload)
@@ -168,7 +158,7 @@ class _RandomKCodec(SummableCodec):
         flat.index_add_(0, self._index, payload, alpha=alpha)
 
     def subtract_sent(self, payload: Tensor, flat: Tensor) -> None:
-        self.clear(payload, flat)  # the same for numbers, and a nan that was sent leaves with the payload
+        self.clear(payload, flat)  # equal for finite values, and a nan that was sent does not remain
 
     def write(self, payload: Tensor, flat: Tensor) -> None:
         flat.index_copy_(0, self._index, payload)
@@ -178,5 +168,5 @@ class _RandomKCodec(SummableCodec):
 
     def write_tensors(self, payload: Tensor, tensors: Sequence[Tensor]) -> None:
         index = self._index - self._offsets.index_select(0, self._tensor)
-        for tensor, places, values in zip(tensors, pieces(index, self._counts), pieces(payload, self._counts)):
-            tensor.index_copy_(0, places, values.to(tensor.dtype))
+        for tensor, chosen, values in zip(tensors, pieces(index, self._counts), pieces(payload, self._counts)):
+            tensor.index_copy_(0, chosen, values.to(tensor.dtype))

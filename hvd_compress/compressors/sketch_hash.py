@@ -1,4 +1,4 @@
-"""The map of a count-sketch by block rotation, with torch's operations and, where it applies, compiled."""
+"""Hash of a count-sketch by block rotation: compiled loops where they apply, torch's operations elsewhere."""
 
 from __future__ import annotations
 
@@ -10,24 +10,28 @@ from torch import Tensor
 from hvd_compress.compressors import counter_rng
 from hvd_compress.native import sketch as native
 
-# On the CPU a slice costs a microsecond: as many as this are less than a gather of 8-byte indices.
+# On the CPU a slice takes a microsecond; up to this many take less time than a gather with 8-byte indices.
 _MAX_SLICES = 2**12
-_CPU_TILE = 2**16  # estimates of all rows stay in the cache
-_DEVICE_TILE = 2**20  # large enough that launching kernels does not count, small enough to be scratch
+_CPU_TILE = 2**16  # elements; the estimates of all rows stay in the cache
+_DEVICE_TILE = 2**20  # elements; large enough that launching kernels takes no time, small enough for scratch memory
 
 
 class Rotations:
-    """Adds each block of a vector, rotated and signed, to each row of a table; and looks coordinates up there.
+    """The hash of a count-sketch: every block of a vector is rotated, signed and added to every row of a table.
 
-    Element q of block b (element ``b * columns + q`` of the vector) is at column ``(q + offset[j, b]) mod
-    columns`` of row j with ``sign[j, b]``. Both are drawn anew by ``draw``.
+    Element q of block b (element ``b * columns + q`` of the vector) is hashed to column ``(q + offset[j, b]) mod
+    columns`` of row j with ``sign[j, b]``.
 
     Args:
         keys: seed of each row.
         n: length of the vector, at least 1.
         columns: length of a row and of a block, 1 <= columns <= n.
-        dtype: of vector and table.
-        device: where they live.
+        dtype: dtype of vector and table.
+        device: device of vector and table.
+
+    Attributes:
+        offsets: int64 (rows, blocks), of the step that was last given to ``draw``.
+        signs: ``dtype`` (rows, blocks), +1 or -1, of the same step.
     """
 
     def __init__(self, keys: list[int], n: int, columns: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -40,12 +44,12 @@ class Rotations:
         self._ramp: Optional[Tensor] = None
 
     def draw(self, step: int) -> None:
-        """Draw offsets and signs of step ``step``."""
-        bits = counter_rng.at(self._keys, step)
-        self.offsets, self.signs = counter_rng.below(bits, self.columns), counter_rng.signs(bits, self._dtype)
+        """Draw the offsets and signs of step ``step``; must be called before anything else."""
+        bits = counter_rng.draw_on_device(self._keys, step)
+        self.offsets, self.signs = counter_rng.uniform_below(bits, self.columns), counter_rng.signs(bits, self._dtype)
         if self._slices:
-            self._hosted: list[list[int]] = self.offsets.tolist()
-            self._signed: list[list[float]] = self.signs.tolist()
+            self._offset_list: list[list[int]] = self.offsets.tolist()
+            self._sign_list: list[list[float]] = self.signs.tolist()
 
     def sketch(self, flat: Tensor, table: Tensor) -> None:
         """Overwrite ``table`` (rows, columns) with the sketch of ``flat`` (n)."""
@@ -59,7 +63,7 @@ class Rotations:
             self._sketch_gathering(flat, table)
 
     def estimate(self, table: Tensor, out: Tensor, alpha: Optional[float] = None) -> None:
-        """``out = median``, or with ``alpha``: ``out += alpha * median`` of the rows' estimates, in place."""
+        """Write the medians of the rows' estimates into ``out`` (n), or with ``alpha`` add ``alpha`` times them."""
         if native.applies(self.rows, table, out):
             native.estimate(table, self.offsets, self.signs, out, alpha)
             return
@@ -73,14 +77,15 @@ class Rotations:
     # -- with torch: sketch ----------------------------------------------------------------------------
 
     def _sketch_slices(self, flat: Tensor, table: Tensor) -> None:
+        """Add the two contiguous runs of each rotated block."""
         for b, block in enumerate(torch.split(flat, self.columns)):
-            for row, offsets, signs in zip(table, self._hosted, self._signed):
+            for row, offsets, signs in zip(table, self._offset_list, self._sign_list):
                 head = min(block.numel(), self.columns - offsets[b])
                 row[offsets[b] : offsets[b] + head].add_(block[:head], alpha=signs[b])
                 row[: block.numel() - head].add_(block[head:], alpha=signs[b])
 
     def _sketch_gathering(self, flat: Tensor, table: Tensor) -> None:
-        """Each column fetches its element of each block: unlike scattered additions, always in the same order."""
+        """Gather each column's element of each block: unlike scattered additions, these have always the same order."""
         whole, ramp = self.n // self.columns, self._columns(table.device)
         for j, row in enumerate(table):
             for first, last, low, high in self._tiles(whole):
@@ -98,7 +103,7 @@ class Rotations:
     # -- with torch: estimate --------------------------------------------------------------------------
 
     def _medians(self, table: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """(first coordinate, medians of consecutive coordinates), tile by tile; a tile is overwritten by the next."""
+        """Yield (first coordinate, medians of consecutive coordinates) of each tile; the next tile overwrites them."""
         if self._scratch is None:
             longest = max(self._tile // self.columns, 1) * min(self.columns, self._tile)
             self._scratch = [torch.empty(longest, dtype=table.dtype, device=table.device) for _ in range(self.rows + 1)]
@@ -110,10 +115,11 @@ class Rotations:
             shape = (last - first, high - low)
             lines = [line[: shape[0] * shape[1]].view(shape) for line in self._scratch]
             for j in range(self.rows):
-                self._look_up(table[j], j, (first, last, low, high), lines[j])
+                self._row_estimates(table[j], j, (first, last, low, high), lines[j])
             yield first * self.columns + low, _median(lines).view(-1)
 
-    def _look_up(self, row: Tensor, j: int, tile: tuple[int, int, int, int], out: Tensor) -> None:
+    def _row_estimates(self, row: Tensor, j: int, tile: tuple[int, int, int, int], out: Tensor) -> None:
+        """Write row j's estimates of the coordinates of a tile into ``out``, one line per block."""
         first, last, low, high = tile
         if not self._slices:
             ramp = self._columns(row.device)[low:high]
@@ -121,15 +127,15 @@ class Rotations:
             torch.gather(row.expand(last - first, -1), 1, index, out=out).mul_(self.signs[j, first:last, None])
             return
         for b in range(first, last):
-            start, line = (low + self._hosted[j][b]) % self.columns, out[b - first]
+            start, line = (low + self._offset_list[j][b]) % self.columns, out[b - first]
             head = min(high - low, self.columns - start)
             line[:head].copy_(row[start : start + head])
             line[head:].copy_(row[: high - low - head])
-            if self._signed[j][b] < 0:
-                line.neg_()  # multiplying by a number takes several times as long to call
+            if self._sign_list[j][b] < 0:
+                line.neg_()  # calling mul_ with a number takes several times as long
 
     def _tiles(self, whole: int) -> Iterator[tuple[int, int, int, int]]:
-        """(first block, last, first column, last) of tiles of the whole blocks; several blocks only if whole."""
+        """Yield (first block, last, first column, last) of tiles of the whole blocks: part of one block, or several."""
         several, width = max(self._tile // self.columns, 1), min(self.columns, self._tile)
         for first in range(0, whole, several):
             for low in range(0, self.columns, width):
@@ -142,9 +148,12 @@ class Rotations:
 
 
 def _median(lines: list[Tensor]) -> Tensor:
-    """Elementwise median of all ``lines`` but the last, which is scratch as they are; mean of the middle ones."""
+    """Return the elementwise median of all ``lines`` but the last; all of them are overwritten.
+
+    Of an even number it is the mean of the middle two. The last line is scratch memory.
+    """
     *lines, spare = lines
-    # Insertion sort by exchanges. Median and sort along a dimension take ten times as long.
+    # This is an insertion sort by exchanges: torch's median and sort along a dimension take ten times as long.
     for j in range(1, len(lines)):
         for k in range(j, 0, -1):
             torch.minimum(lines[k - 1], lines[k], out=spare)

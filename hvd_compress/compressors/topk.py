@@ -1,39 +1,39 @@
-"""Top-k sparsifier: the k elements of largest absolute value, with their places."""
+"""Top-k sparsifier: the k elements of largest absolute value, with their indices."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Optional
+from typing import Optional
 
 import torch
 from torch import Tensor
 
 from hvd_compress import validation
-from hvd_compress.compressors.base import Codec, Combine, Compressor, Layout, Payload
-from hvd_compress.compressors.counter_rng import kept
+from hvd_compress.compressors.base import Codec, Compressor, Layout, Payload
+from hvd_compress.compressors.selection import sent_count
 from hvd_compress.compressors.topk_search import HostSearch, bits_of, sampled_on_device, scan_start
 
 
 @dataclass(frozen=True)
 class TopK(Compressor):
-    """Send the k elements of largest absolute value.
+    """Sparsifier that sends the k elements of largest absolute value.
 
-    ``k = max(1, floor(n * density))`` of the n elements of a tensor, or of a whole bucket where tensors travel
-    in buckets: large tensors may then take the share of small ones. They are sent unscaled, so that
-    ``||v - C(v)||_2^2 <= (1 - k/n) ||v||_2^2`` (Stich et al. 2018, "Sparsified SGD with memory"). nan counts
-    as larger than anything, so that it is seen. Of equal magnitudes at the border the first are taken (on
-    devices other than the CPU those that ``torch.topk`` takes).
+    ``k = max(1, floor(n * density))`` of the n elements of a tensor are sent, or of a whole bucket where tensors
+    are exchanged in buckets: there large tensors may take the share of small ones. They are sent unscaled, so
+    that ``||v - C(v)||_2^2 <= (1 - k/n) ||v||_2^2`` (Stich et al. 2018, "Sparsified SGD with memory"). nan counts
+    as larger than any number, so that it becomes visible. If several elements have the k-th largest magnitude,
+    the first of them are sent (on devices other than the CPU those that ``torch.topk`` takes).
 
-    A payload takes ``k * (itemsize + 4)`` bytes: k values in the dtype of the vector, then k int32 places,
-    ascending.
+    A payload takes ``k * (itemsize + 4)`` bytes: k values in the dtype of the vector, then their k int32
+    indices, ascending.
 
-    With ``sampled`` the k-th largest magnitude is estimated instead: it is the one of every 97th element (of
-    at least 4096, or all). Of the non-zero elements that reach it the first k are sent, beginning at a place
-    that changes with the step; if there are fewer, the rest of the payload is zeros at place 0. With m elements
+    With ``sampled`` the k-th largest magnitude is estimated from every 97th element (from at least 4096
+    elements, or all). Of the non-zero elements that reach it the first k are sent, beginning at an index that
+    changes with the step; if there are fewer, the rest of the payload is zeros with index 0. With m elements
     in the sample, the number that reach it has a mean near k and a relative standard deviation near
     ``1 / sqrt(m * density)`` if the elements are in no order: 2 % for n = 25 million and 16 % for n = 400 000
-    at density 1/100. On average about 0.4 times this share of the payload then stays empty, and the bound
-    above holds only nearly.
+    at density 1/100. On average about 0.4 times this share of the payload then remains empty, and the bound
+    above holds only approximately.
 
     Args:
         density: fraction of elements sent, 0 < density <= 1.
@@ -44,8 +44,6 @@ class TopK(Compressor):
         ValueError: if an argument is out of range, or a vector has 2**31 elements or more.
     """
 
-    combine = Combine.GATHER
-    is_sparsifier: ClassVar[bool] = True
     density: float = 1 / 100
     sampled: bool = False
 
@@ -59,38 +57,38 @@ class TopK(Compressor):
         return 2 * self.density
 
     def encode(self, tensor: Tensor, name: str = "", step: int = 0) -> Payload:
-        """The values' bytes, then the bytes of their places, as torch.uint8."""
+        """Return the bytes of the values, then those of their indices, as torch.uint8, without padding."""
         flat = tensor.detach().reshape(-1).contiguous()
-        picker = _Picker(self, flat.numel(), flat.device)
-        values, places = flat.new_empty(picker.k), flat.new_empty(picker.k, dtype=torch.int32)
-        picker.pick(flat, step, values, places)
-        return Payload(torch.cat((values.view(torch.uint8), places.view(torch.uint8))), tensor.shape, tensor.dtype)
+        selector = _Selector(self, flat.numel(), flat.device)
+        values, indices = flat.new_empty(selector.k), flat.new_empty(selector.k, dtype=torch.int32)
+        selector.select(flat, step, values, indices)
+        return Payload(torch.cat((values.view(torch.uint8), indices.view(torch.uint8))), tensor.shape, tensor.dtype)
 
     def decode(self, payload: Payload) -> Tensor:
-        """Zeros, and the values in their places."""
+        """Return the values at their indices, and zeros elsewhere."""
         out = payload.values.new_zeros(payload.shape.numel(), dtype=payload.dtype)
-        values, places = payload.values.tensor_split((kept(out.numel(), self.density) * out.element_size(),))
-        # Clones, as a view in another dtype must be aligned.
-        out.index_add_(0, places.clone().view(torch.int32), values.clone().view(payload.dtype))
+        values, indices = payload.values.tensor_split((sent_count(out.numel(), self.density) * out.element_size(),))
+        # A view in another dtype must be aligned, which clones are.
+        out.index_add_(0, indices.clone().view(torch.int32), values.clone().view(payload.dtype))
         return out.view(payload.shape)
 
     def codec(self, layout: Layout, dtype: torch.dtype, device: torch.device) -> TopKCodec:
         return TopKCodec(self, layout, dtype, device)
 
 
-class _Picker:
-    """Picks ``k`` elements of vectors with ``numel`` elements."""
+class _Selector:
+    """Selection of ``k`` elements of vectors with ``numel`` elements."""
 
     def __init__(self, config: TopK, numel: int, device: torch.device) -> None:
         if numel >= 2**31:
             raise ValueError(f"TopK: a vector of {numel} elements is not allowed; it must have fewer than 2**31")
-        self.k = kept(numel, config.density)
+        self.k = sent_count(numel, config.density)
         self._sampled, self._numel = config.sampled, numel
         self._host: Optional[HostSearch] = HostSearch(numel) if device.type == "cpu" else None
         self._slots = torch.arange(1, self.k + 1, dtype=torch.int32, device=device)
 
-    def pick(self, flat: Tensor, step: int, values: Tensor, places: Tensor) -> None:
-        """Write what is sent of ``flat`` into ``values`` (its dtype) and ``places`` (int32), ``k`` of each."""
+    def select(self, flat: Tensor, step: int, values: Tensor, indices: Tensor) -> None:
+        """Write the elements sent of ``flat`` into ``values`` (its dtype) and ``indices`` (int32), ``k`` of each."""
         if self.k == 0:
             return
         start = scan_start(step, self._numel) if self._sampled else 0
@@ -98,62 +96,64 @@ class _Picker:
             found = self._host.sampled(flat, self.k, start) if self._sampled else self._host.largest(flat, self.k)
             index, used = torch.from_numpy(found), len(found)
             torch.index_select(flat, 0, index, out=values[:used])
-            places[:used].copy_(index)
+            indices[:used].copy_(index)
             values[used:].zero_()
-            places[used:].zero_()
+            indices[used:].zero_()
         elif self._sampled:
-            index, picked = sampled_on_device(flat, self.k, start, self._slots)
-            places.copy_(index)
-            values.copy_(picked)
+            index, selected = sampled_on_device(flat, self.k, start, self._slots)
+            indices.copy_(index)
+            values.copy_(selected)
         else:
             bits, mask = bits_of(flat)
             index = torch.topk(bits.bitwise_and(mask), self.k, sorted=False).indices.sort().values
             torch.index_select(flat, 0, index, out=values)
-            places.copy_(index)
+            indices.copy_(index)
 
 
 class TopKCodec(Codec):
-    """The values of a bucket, their places, and zeros up to a multiple of 8 bytes.
+    """Codec of a bucket: values, their indices in the flat vector, and zeros up to a multiple of 8 bytes.
 
     Attributes:
-        k: how many values.
+        k: number of values sent.
     """
 
+    is_sparsifier = True
     dtype = torch.uint8
 
     def __init__(self, config: TopK, layout: Layout, dtype: torch.dtype, device: torch.device) -> None:
-        self._picker = _Picker(config, layout.total, device)
-        self.k = self._picker.k
+        self._selector = _Selector(config, layout.total, device)
+        self.k = self._selector.k
         self._sampled = config.sampled
         self._dtype, self._step = dtype, 0
-        self._places_at = self._picker.k * dtype.itemsize
-        self._end = self._places_at + self._picker.k * 4
+        self._indices_at = self.k * dtype.itemsize
+        self._end = self._indices_at + self.k * 4
         self.numel = -(-self._end // 8) * 8
 
     def set_step(self, step: int) -> None:
         self._step = step
 
     def unpack(self, payload: Tensor) -> tuple[Tensor, Tensor]:
-        """Views of a payload: k values in the bucket's dtype, their int32 places in ascending order."""
-        return payload[: self._places_at].view(self._dtype), payload[self._places_at : self._end].view(torch.int32)
+        """Return views of a payload: k values in the bucket's dtype, and their int32 indices."""
+        return payload[: self._indices_at].view(self._dtype), payload[self._indices_at : self._end].view(torch.int32)
 
     def encode(self, flat: Tensor, payload: Tensor) -> None:
         payload[self._end :].zero_()
-        self._picker.pick(flat, self._step, *self.unpack(payload))
+        self._selector.select(flat, self._step, *self.unpack(payload))
 
     def accumulate(self, payload: Tensor, flat: Tensor, alpha: float) -> None:
-        # Only the empty slots of a sampled payload share a place, and they add nothing: any order is the same.
-        values, places = self.unpack(payload)
-        flat.index_add_(0, places, values, alpha=alpha)
+        # The order of the additions does not matter: only unused slots of a sampled payload share an index (0), and
+        # their value is 0.
+        values, indices = self.unpack(payload)
+        flat.index_add_(0, indices, values, alpha=alpha)
 
     def subtract_sent(self, payload: Tensor, flat: Tensor) -> None:
-        self.clear(payload, flat)  # the same for numbers, and a nan that was sent leaves with the payload
+        self.clear(payload, flat)  # equal for finite values, and a nan that was sent does not remain
 
     def clear(self, payload: Tensor, flat: Tensor) -> None:
-        values, places = self.unpack(payload)
+        values, indices = self.unpack(payload)
         if self._sampled:
-            # Empty slots point at place 0, which may not have been sent: they take nothing away.
-            found = torch.where(values != 0, flat.index_select(0, places), 0)
-            flat.index_add_(0, places, found, alpha=-1)
+            # Unused slots have index 0, which may not have been sent, so they must clear nothing.
+            sent = torch.where(values != 0, flat.index_select(0, indices), 0)
+            flat.index_add_(0, indices, sent, alpha=-1)
         else:
-            flat.index_fill_(0, places.long(), 0.0)
+            flat.index_fill_(0, indices.long(), 0.0)

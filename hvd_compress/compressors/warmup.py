@@ -1,4 +1,4 @@
-"""Warm-up: another compressor for each stretch of steps, such as a density that falls geometrically."""
+"""Warm-up: a compressor per stage of training, for example with a density that falls geometrically."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ import torch
 from torch import Tensor
 
 from hvd_compress import validation
-from hvd_compress.compressors.base import AnyCodec, Compressor, Layout, Payload
+from hvd_compress.compressors.base import AnyCodec, Combine, Compressor, Layout, Payload
 from hvd_compress.compressors.cast import Identity
 
 
 @dataclass(frozen=True)
 class Warmup(Compressor):
-    """A compressor whose density changes with the step, as Deep Gradient Compression warms up.
+    """A compressor whose density changes with the step, as in the warm-up of Deep Gradient Compression.
 
-    ``densities[i]`` is in force for ``steps`` steps (exchanges) from ``i * steps`` on, the compressor's own
-    density after that. ``densities=(1.0,)`` is "dense first steps". To go by epochs give ``steps`` as the
-    number of steps per epoch.
+    Stage i lasts ``steps`` steps (exchanges), from step ``i * steps`` on, and has density ``densities[i]``. The
+    compressor's own density follows. ``densities=(1.0,)`` means "dense first steps". For a warm-up by epochs
+    set ``steps`` to the number of steps per epoch.
 
     Args:
-        compressor: one that has a density.
+        compressor: a compressor that has a density.
         densities: densities of the stages before the compressor's own, each 0 < density <= 1.
-        steps: steps per stage.
+        steps: steps per stage, >= 1.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -50,12 +50,10 @@ class Warmup(Compressor):
             validation.density("Warmup", density, f"densities[{i}]")
         validation.integer("Warmup", "steps", self.steps, 1)
         object.__setattr__(self, "densities", tuple(float(d) for d in self.densities))
-        for name in ("combine", "lossless", "is_sparsifier"):
-            object.__setattr__(self, name, getattr(self.compressor, name))
 
     @classmethod
     def geometric(cls, compressor: Compressor, start: float, stages: int, steps: int) -> Warmup:
-        """``stages`` densities from ``start`` down towards the compressor's own, by a constant factor.
+        """Return a warm-up whose ``stages`` densities fall from ``start`` towards the compressor's own by one factor.
 
         Raises:
             ValueError: if an argument is out of range.
@@ -66,20 +64,28 @@ class Warmup(Compressor):
         return cls(compressor, tuple(start * (end / start) ** (i / stages) for i in range(stages)), steps)
 
     @property
+    def combine(self) -> Combine:
+        return self.compressor.combine
+
+    @property
+    def is_sparsifier(self) -> bool:
+        return self.compressor.is_sparsifier
+
+    @property
     def payload_ratio(self) -> float:
         return self.compressor.payload_ratio
 
     @property
     def stages(self) -> tuple[Compressor, ...]:
-        """The compressor of each stage."""
+        """Return the compressor of each stage."""
         return tuple(self.at(stage * self.steps) for stage in range(len(self.densities) + 1))
 
     def stage(self, step: int) -> int:
-        """Index of the stage of a step; ``len(densities)`` is the compressor itself."""
+        """Return the index of the stage of a step; ``len(densities)`` is the compressor itself."""
         return min(step // self.steps, len(self.densities))
 
     def at(self, step: int) -> Compressor:
-        """The compressor in force at a step; at density 1 it is ``Identity``, which needs no indices and is summed."""
+        """Return the compressor of a step: ``Identity``, which sends no indices and is summed, if its density is 1."""
         stage = self.stage(step)
         if stage == len(self.densities):
             return self.compressor
@@ -90,14 +96,14 @@ class Warmup(Compressor):
         return changed
 
     def encode(self, tensor: Tensor, name: str = "", step: int = 0) -> Payload:
-        """As the compressor in force at ``step``."""
+        """Return the payload of the compressor ``at(step)``."""
         payload = self.at(step).encode(tensor, name, step)
         return dataclasses.replace(payload, context={**payload.context, "step": step})
 
     def decode(self, payload: Payload) -> Tensor:
-        """As the compressor that made the payload."""
+        """Decode with the compressor that made the payload."""
         return self.at(payload.context["step"]).decode(payload)
 
     def codec(self, layout: Layout, dtype: torch.dtype, device: torch.device) -> AnyCodec:
-        """Refused: a codec has one payload size; ``exchange_for`` makes one exchange per stage instead."""
+        """Raise ValueError: a codec has one payload size, so each stage needs a codec of its own."""
         raise ValueError(f"{self!r} changes the size of its payload; take it stage by stage, by at(step)")

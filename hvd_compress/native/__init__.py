@@ -1,7 +1,8 @@
-"""Compiled loops for CPU float32 vectors, and where they apply; torch does the rest.
+"""Compiled loops over float32 vectors in the host's memory; everything else is done with torch's operations.
 
-The extensions are optional: without a C compiler the package installs and works, DEF's local pass then takes
-about twice as long, signs and count-sketches several times. Set HVD_COMPRESS_NATIVE=0 to do without it.
+The extensions are optional. Without a C compiler the package installs and works, but DEF's update of the residual
+takes about twice as long, and signs and count-sketches take several times as long. The environment variable
+HVD_COMPRESS_NATIVE=0 disables them.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 
 
 def load(name: str) -> Any:
-    """The compiled module ``name`` of this package, or None if it is not compiled or not wanted."""
+    """Return the compiled module ``name`` of this package, or None if it is not built or disabled."""
     if os.environ.get("HVD_COMPRESS_NATIVE", "1") != "0":
         with contextlib.suppress(ImportError):
             return importlib.import_module(f"hvd_compress.native.{name}")
@@ -27,39 +28,58 @@ def load(name: str) -> Any:
 
 _kernels: Any = load("_kernels")
 
-# Below this many elements per thread, waking a thread costs more than it saves.
-GRAIN = 2**18
-_FLOAT = 4
+GRAIN = 2**18  # elements per thread; with fewer, waking the thread takes longer than it saves
+_FLOAT = 4  # bytes
 _pool: Optional[ThreadPoolExecutor] = None
 
 
 def applies(*tensors: Tensor) -> bool:
-    """Whether the compiled loops can work on these tensors: float32, contiguous, real memory of this host."""
+    """Return True if the compiled loops can work on these tensors: contiguous float32 in real memory of this host."""
     return _kernels is not None and all(map(plain, tensors))
 
 
 def plain(tensor: Tensor, dtype: torch.dtype = torch.float32) -> bool:
-    """Whether ``tensor`` is a contiguous vector of ``dtype`` in real memory of this host."""
+    """Return True if ``tensor`` is contiguous, of ``dtype`` and in real memory of this host."""
     return type(tensor) is Tensor and tensor.dtype == dtype and tensor.device.type == "cpu" and tensor.is_contiguous()
 
 
-def fold(x: Tensor, e: Tensor, z: Tensor, placed: float, coefficient: float, decay: float) -> None:
-    """See ``algorithms.folding.Folder.fold``; all three of equal length, and ``applies`` to them."""
-    _in_slices(_kernels.fold, (x, e, z), (placed, coefficient, decay))
+def fused_residual_update(
+    x: Tensor, e: Tensor, z: Tensor, local_coefficient: float, coefficient: float, decay: float
+) -> None:
+    """Compute ``u = (x - local_coefficient * e) - z; e = decay * e + u; z = x - coefficient * e`` in one pass.
+
+    With a coefficient of 0 the point is x itself, also where e is not finite.
+
+    Args:
+        x: shared model; this and the next two have equal length, and ``applies`` to them.
+        e: residual, updated in place.
+        z: local model, overwritten with the next point.
+        local_coefficient: coefficient of the point where the local step began.
+        coefficient: coefficient of the next point.
+        decay: factor of the old residual.
+
+    Raises:
+        ValueError: if the lengths differ.
+    """
+    _in_slices(_kernels.fused_residual_update, (x, e, z), (local_coefficient, coefficient, decay))
 
 
-def stand(x: Tensor, e: Tensor, coefficient: float, out: Tensor) -> None:
-    """See ``algorithms.folding.stand``; all three of equal length, and ``applies`` to them."""
-    _in_slices(_kernels.stand, (x, e, out), (coefficient,))
+def detached_point(x: Tensor, e: Tensor, coefficient: float, out: Tensor) -> None:
+    """Write ``x - coefficient * e`` into ``out``; all three have equal length, and ``applies`` to them.
+
+    Raises:
+        ValueError: if the lengths differ.
+    """
+    _in_slices(_kernels.detached_point, (x, e, out), (coefficient,))
 
 
 def threads(work: int, parts: int) -> int:
-    """How many threads pay for ``work`` elements that can be cut in ``parts``; at most what torch may use."""
+    """Return how many threads to use for ``work`` elements in at most ``parts`` slices, within torch's limit."""
     return max(1, min(torch.get_num_threads(), work // GRAIN, parts))
 
 
 def run(jobs: Sequence[Callable[[], None]]) -> None:
-    """Do all jobs, in threads if there are several; they release the GIL."""
+    """Run all jobs and wait for them, in threads if there are several; jobs release the GIL."""
     global _pool
     if len(jobs) == 1:
         jobs[0]()
@@ -73,12 +93,12 @@ def run(jobs: Sequence[Callable[[], None]]) -> None:
 
 
 def bounds(length: int, parts: int) -> list[tuple[int, int]]:
-    """``length`` cut in ``parts`` of about the same size."""
+    """Return the (begin, end) of ``parts`` consecutive slices of [0, length) of about the same size."""
     return [(k * length // parts, (k + 1) * length // parts) for k in range(parts)]
 
 
 def _in_slices(kernel: Callable[..., None], vectors: tuple[Tensor, ...], numbers: tuple[float, ...]) -> None:
-    """Run ``kernel`` on as many slices as torch has threads, if the vectors are long enough."""
+    """Run ``kernel`` on slices of the vectors, one per thread worth using."""
     n = vectors[0].numel()
     if any(v.numel() != n for v in vectors):
         raise ValueError(f"vectors of different lengths: {[v.numel() for v in vectors]}")

@@ -7,61 +7,54 @@
  * round the same way wherever it is computed, on every processor, or a rank would take the difference for
  * an update.
  */
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
-#include <sched.h>
-#include <stdint.h>
+#include "common.h"
 
-/* An exchange is under way while the fold runs: where ranks share cores, let its threads have their turn. */
+/* An exchange is in progress while the residual is updated. Where ranks share cores, its threads need time too, so
+ * the loop yields the processor after each tile. */
 #define TILE ((Py_ssize_t)1 << 15)
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__)
-#define CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define CLONES
-#endif
-
-/* A coefficient of 0 means x itself, also where e is not finite.
- * u = (x - placed * e) - z;  e = decay * e + u;  z = x - coefficient * e */
-CLONES static void fold_loop(const float *restrict x, float *restrict e, float *restrict z, Py_ssize_t n,
-                             float placed, float coefficient, float decay)
+/* u = (x - local_coefficient * e) - z;  e = decay * e + u;  z = x - coefficient * e
+ *
+ * With a coefficient of 0 the point is x itself, also where e is not finite. */
+CLONES static void residual_update_loop(const float *restrict x, float *restrict e, float *restrict z, Py_ssize_t n,
+                                        float local_coefficient, float coefficient, float decay)
 {
     for (Py_ssize_t i = 0; i < n; i++) {
-        const float stood = placed == 0.0f ? x[i] : x[i] - placed * e[i];
-        const float moved = stood - z[i];
-        const float owed = decay * e[i] + moved;
-        e[i] = owed;
-        z[i] = coefficient == 0.0f ? x[i] : x[i] - coefficient * owed;
+        const float point = local_coefficient == 0.0f ? x[i] : x[i] - local_coefficient * e[i];
+        const float update = point - z[i];
+        const float residual = decay * e[i] + update;
+        e[i] = residual;
+        z[i] = coefficient == 0.0f ? x[i] : x[i] - coefficient * residual;
     }
 }
 
 /* out = x - coefficient * e */
-CLONES static void stand_loop(const float *restrict x, const float *restrict e, float *restrict out, Py_ssize_t n,
-                              float coefficient)
+CLONES static void detached_point_loop(const float *restrict x, const float *restrict e, float *restrict out,
+                                       Py_ssize_t n, float coefficient)
 {
     for (Py_ssize_t i = 0; i < n; i++)
         out[i] = x[i] - coefficient * e[i];
 }
 
-static PyObject *fold(PyObject *self, PyObject *args)
+static PyObject *fused_residual_update(PyObject *self, PyObject *args)
 {
     unsigned long long x, e, z;
     Py_ssize_t n;
-    float placed, coefficient, decay;
-    if (!PyArg_ParseTuple(args, "KKKnfff", &x, &e, &z, &n, &placed, &coefficient, &decay))
+    float local_coefficient, coefficient, decay;
+    if (!PyArg_ParseTuple(args, "KKKnfff", &x, &e, &z, &n, &local_coefficient, &coefficient, &decay))
         return NULL;
     Py_BEGIN_ALLOW_THREADS
     for (Py_ssize_t i = 0; i < n; i += TILE) {
         const Py_ssize_t m = n - i < TILE ? n - i : TILE;
-        fold_loop((const float *)(uintptr_t)x + i, (float *)(uintptr_t)e + i, (float *)(uintptr_t)z + i, m, placed,
-                  coefficient, decay);
+        residual_update_loop(AT(const float, x) + i, AT(float, e) + i, AT(float, z) + i, m, local_coefficient,
+                             coefficient, decay);
         sched_yield();
     }
     Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
 }
 
-static PyObject *stand(PyObject *self, PyObject *args)
+static PyObject *detached_point(PyObject *self, PyObject *args)
 {
     unsigned long long x, e, out;
     Py_ssize_t n;
@@ -69,14 +62,16 @@ static PyObject *stand(PyObject *self, PyObject *args)
     if (!PyArg_ParseTuple(args, "KKKnf", &x, &e, &out, &n, &coefficient))
         return NULL;
     Py_BEGIN_ALLOW_THREADS
-    stand_loop((const float *)(uintptr_t)x, (const float *)(uintptr_t)e, (float *)(uintptr_t)out, n, coefficient);
+    detached_point_loop(AT(const float, x), AT(const float, e), AT(float, out), n, coefficient);
     Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
 }
 
 static PyMethodDef methods[] = {
-    {"fold", fold, METH_VARARGS, "fold(x, e, z, n, placed, coefficient, decay): addresses of float32 vectors"},
-    {"stand", stand, METH_VARARGS, "stand(x, e, out, n, coefficient): addresses of float32 vectors"},
+    {"fused_residual_update", fused_residual_update, METH_VARARGS,
+     "fused_residual_update(x, e, z, n, local_coefficient, coefficient, decay): addresses of float32 vectors"},
+    {"detached_point", detached_point, METH_VARARGS,
+     "detached_point(x, e, out, n, coefficient): addresses of float32 vectors"},
     {NULL, NULL, 0, NULL},
 };
 

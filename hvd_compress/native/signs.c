@@ -3,33 +3,24 @@
  * Plain C on addresses, as in kernels.c; Python (native/signs.py) checks dtypes, devices and lengths. The GIL
  * is released, so slices of a vector may run in threads. Element i is bit i % 8 of byte i / 8.
  */
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
-#include <sched.h>
-#include <stdint.h>
+#include "common.h"
 #include <string.h>
 #ifdef __SSE2__
 #include <emmintrin.h>
 #endif
 
-/* Both passes over a tile find it in the first-level cache. */
+/* The signs and the magnitudes of a tile are taken in two passes: the second finds it in the first-level cache. */
 #define TILE ((Py_ssize_t)1 << 12)
-/* Where ranks share cores, let the exchange's threads have their turn. */
-#define TURN ((Py_ssize_t)1 << 15)
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__)
-#define CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define CLONES
-#endif
+/* Elements after which a loop yields the processor: where ranks share cores, the exchange's threads need time too. */
+#define YIELD_EVERY ((Py_ssize_t)1 << 15)
 
 typedef float floats __attribute__((vector_size(32)));
 typedef int32_t ints __attribute__((vector_size(32)));
 
-/* The signs of each byte. */
+/* The eight signs (+1 or -1) that each byte encodes; filled when the module is loaded. */
 static float table[256][8];
 
-/* Bit = (v >= 0): 1 for -0.0, 0 for nan. The last byte's unused bits are 0. */
+/* Write the bits v >= 0: 1 for -0.0, 0 for nan. Unused bits of the last byte are 0. */
 static void pack_bits(const float *v, uint8_t *bits, Py_ssize_t n)
 {
     Py_ssize_t i = 0;
@@ -53,7 +44,7 @@ static void pack_bits(const float *v, uint8_t *bits, Py_ssize_t n)
     }
 }
 
-/* Sum of |v|: lanes in float32, which hold few terms each, then float64. */
+/* Return the sum of |v|. Each float32 lane adds up few terms; the lanes are added in float64. */
 CLONES static double magnitude(const float *v, Py_ssize_t n)
 {
     const ints mask = {INT32_MAX, INT32_MAX, INT32_MAX, INT32_MAX, INT32_MAX, INT32_MAX, INT32_MAX, INT32_MAX};
@@ -74,7 +65,7 @@ CLONES static double magnitude(const float *v, Py_ssize_t n)
     return total;
 }
 
-/* v += factor * sign, for whole bytes */
+/* v += factor * sign, for whole bytes of signs. */
 CLONES static void add_bytes(const uint8_t *bits, float *v, Py_ssize_t bytes, float factor)
 {
     for (Py_ssize_t i = 0; i < bytes; i++) {
@@ -86,7 +77,7 @@ CLONES static void add_bytes(const uint8_t *bits, float *v, Py_ssize_t bytes, fl
     }
 }
 
-/* The same for the elements from start to stop. */
+/* v += factor * sign, for the elements from start to stop. */
 static void add_range(const uint8_t *bits, float *v, Py_ssize_t start, Py_ssize_t stop, float factor)
 {
     Py_ssize_t i = start;
@@ -97,7 +88,7 @@ static void add_range(const uint8_t *bits, float *v, Py_ssize_t start, Py_ssize_
         v[i] += bits[i / 8] >> i % 8 & 1 ? factor : -factor;
 }
 
-/* First block that ends after element i. */
+/* Return the index of the first block that ends after element i. */
 static Py_ssize_t block_of(const int64_t *ends, Py_ssize_t blocks, Py_ssize_t i)
 {
     Py_ssize_t low = 0, high = blocks;
@@ -117,10 +108,10 @@ static PyObject *pack(PyObject *self, PyObject *args)
     Py_ssize_t blocks, start, stop;
     if (!PyArg_ParseTuple(args, "KKKKnnn", &v_at, &bits_at, &ends_at, &sums_at, &blocks, &start, &stop))
         return NULL;
-    const float *v = (const float *)(uintptr_t)v_at;
-    uint8_t *bits = (uint8_t *)(uintptr_t)bits_at;
-    const int64_t *ends = (const int64_t *)(uintptr_t)ends_at;
-    double *sums = (double *)(uintptr_t)sums_at;
+    const float *v = AT(const float, v_at);
+    uint8_t *bits = AT(uint8_t, bits_at);
+    const int64_t *ends = AT(const int64_t, ends_at);
+    double *sums = AT(double, sums_at);
     Py_BEGIN_ALLOW_THREADS
     Py_ssize_t block = block_of(ends, blocks, start);
     for (Py_ssize_t t = start; t < stop; t += TILE) {
@@ -132,7 +123,7 @@ static PyObject *pack(PyObject *self, PyObject *args)
             i = until;
             block += until == ends[block];
         }
-        if ((t - start) % TURN == 0)
+        if ((t - start) % YIELD_EVERY == 0)
             sched_yield();
     }
     Py_END_ALLOW_THREADS
@@ -145,14 +136,14 @@ static PyObject *add(PyObject *self, PyObject *args)
     Py_ssize_t blocks, start, stop;
     if (!PyArg_ParseTuple(args, "KKKKnnn", &bits_at, &v_at, &ends_at, &factors_at, &blocks, &start, &stop))
         return NULL;
-    const uint8_t *bits = (const uint8_t *)(uintptr_t)bits_at;
-    float *v = (float *)(uintptr_t)v_at;
-    const int64_t *ends = (const int64_t *)(uintptr_t)ends_at;
-    const float *factors = (const float *)(uintptr_t)factors_at;
+    const uint8_t *bits = AT(const uint8_t, bits_at);
+    float *v = AT(float, v_at);
+    const int64_t *ends = AT(const int64_t, ends_at);
+    const float *factors = AT(const float, factors_at);
     Py_BEGIN_ALLOW_THREADS
     Py_ssize_t block = block_of(ends, blocks, start);
-    for (Py_ssize_t t = start; t < stop; t += TURN) {
-        const Py_ssize_t end = stop - t < TURN ? stop : t + TURN;
+    for (Py_ssize_t t = start; t < stop; t += YIELD_EVERY) {
+        const Py_ssize_t end = stop - t < YIELD_EVERY ? stop : t + YIELD_EVERY;
         for (Py_ssize_t i = t; i < end && block < blocks;) {
             const Py_ssize_t until = ends[block] < end ? (Py_ssize_t)ends[block] : end;
             add_range(bits, v, i, until, factors[block]);
@@ -166,7 +157,8 @@ static PyObject *add(PyObject *self, PyObject *args)
 }
 
 static PyMethodDef methods[] = {
-    {"pack", pack, METH_VARARGS, "pack(v, bits, ends, sums, blocks, start, stop): bits of v, sums[b] += |v| of block b"},
+    {"pack", pack, METH_VARARGS,
+     "pack(v, bits, ends, sums, blocks, start, stop): write the bits of v, add |v| of block b to sums[b]"},
     {"add", add, METH_VARARGS, "add(bits, v, ends, factors, blocks, start, stop): v += factors[b] * sign in block b"},
     {NULL, NULL, 0, NULL},
 };

@@ -1,4 +1,4 @@
-"""Compiled loops for the one-bit signs of CPU float32 vectors, see ``compressors.sign``."""
+"""Compiled loops for the one-bit signs of float32 vectors on the CPU; ``compressors.sign`` has the mathematics."""
 
 from __future__ import annotations
 
@@ -18,17 +18,23 @@ _I64 = npt.NDArray[np.int64]
 
 
 def applies(flat: Tensor, bits: Tensor) -> bool:
-    """Whether the compiled loops can work on this float32 vector and these bytes of signs."""
+    """Return True if the compiled loops can work on this vector and these bytes of signs."""
     return _signs is not None and native.plain(flat) and native.plain(bits, torch.uint8)
 
 
 def pack(flat: Tensor, bits: Tensor, ends: _I64) -> npt.NDArray[np.float64]:
-    """Write the bits ``flat >= 0`` and return the sum of absolute values of each block.
+    """Write the bits ``flat >= 0`` and return the sum of the absolute values of each block.
 
     Args:
         flat: float32, n elements; ``applies`` to it and to ``bits``.
         bits: uint8, ceil(n / 8) elements; element i becomes bit i % 8 of byte i // 8, unused bits 0.
-        ends: where the blocks end, ascending; the last one at n.
+        ends: int64, the ascending ends of the blocks; the last one is n.
+
+    Returns:
+        float64, one sum per block.
+
+    Raises:
+        ValueError: if the lengths do not fit together.
     """
     borders = _borders(flat, bits, ends)
     parts = np.zeros((len(borders), len(ends)))
@@ -45,11 +51,16 @@ def pack(flat: Tensor, bits: Tensor, ends: _I64) -> npt.NDArray[np.float64]:
 
 
 def add(bits: Tensor, flat: Tensor, ends: _I64, factors: npt.NDArray[np.float32]) -> None:
-    """``flat += factors[b]`` where the bit is 1, ``flat -= factors[b]`` where it is 0, in each block b.
+    """Add ``factors[b]`` to ``flat`` where the bit is 1 and subtract it where the bit is 0, in each block b.
 
     Args:
-        bits, flat, ends: as for ``pack``.
-        factors: one per block.
+        bits: uint8, see ``pack``.
+        flat: float32, n elements, changed in place.
+        ends: int64, see ``pack``.
+        factors: float32, one per block.
+
+    Raises:
+        ValueError: if the lengths do not fit together.
     """
     borders = _borders(flat, bits, ends)
     if len(factors) != len(ends) or not factors.flags.c_contiguous or factors.dtype != np.float32:
@@ -65,7 +76,11 @@ def add(bits: Tensor, flat: Tensor, ends: _I64, factors: npt.NDArray[np.float32]
 
 
 def _borders(flat: Tensor, bits: Tensor, ends: _I64) -> list[tuple[int, int]]:
-    """Slices for the threads, at whole bytes; raises ValueError where the lengths do not fit: C would not."""
+    """Return one slice of elements per thread, cut at whole bytes.
+
+    Raises:
+        ValueError: if the lengths do not fit together. The C code does not check them.
+    """
     n = flat.numel()
     if bits.numel() != (n + 7) // 8 or ends.dtype != np.int64 or not ends.flags.c_contiguous:
         raise ValueError(f"{bits.numel()} bytes for {n} signs, ends of blocks {ends.dtype}")

@@ -1,17 +1,15 @@
 /* Count-sketch of float32 vectors by block rotation, and the median estimate.
  *
  * A vector of n elements is cut into blocks of c; element q of block b goes to column (q + offset[j, b]) mod c of
- * row j with sign[j, b]. Everything is read and written as a stream: a rotation is two runs.
+ * row j with sign[j, b]. Everything is read and written as a stream: a rotation consists of two contiguous runs.
  *
  * Plain C on addresses, as in kernels.c: Python (native/sketch.py) checks dtypes, devices and lengths. Without
  * contraction to fused multiply-adds the bits do not depend on the processor.
  */
 #include "sketch.h"
-#include <sched.h>
 #include <string.h>
 
 #define GROUP 4 /* blocks added to a row in one pass: the row is read and written a quarter as often */
-#define BUSY 32 /* blocks between two chances for other threads of this core */
 
 /* -- sketch -------------------------------------------------------------------------------------------- */
 
@@ -29,7 +27,7 @@ CLONES static void add_four(float *restrict row, const float *const *v, const fl
         row[i] += (s0 * v0[i] + s1 * v1[i]) + (s2 * v2[i] + s3 * v3[i]);
 }
 
-/* GROUP whole blocks into one row; column p takes element (p - offset) mod c of each block. */
+/* Add GROUP whole blocks to one row: column p takes element (p - offset) mod c of each block. */
 static void add_group(float *row, const float *v, Index columns, const int64_t *offsets, const float *signs)
 {
     const float *from[GROUP];
@@ -101,7 +99,7 @@ CLONES static void median_of_three(const float *const *row, const float *sign, I
     }
 }
 
-/* The middle one of five is the middle one of: the fifth, the larger minimum and the smaller maximum of two pairs. */
+/* The median of five is the median of three: the larger minimum and the smaller maximum of two pairs, and the fifth. */
 CLONES static void median_of_five(const float *const *row, const float *sign, Index n, float *restrict out)
 {
     const float *r0 = row[0], *r1 = row[1], *r2 = row[2], *r3 = row[3], *r4 = row[4];
@@ -115,7 +113,7 @@ CLONES static void median_of_five(const float *const *row, const float *sign, In
     }
 }
 
-CLONES static void exchange(float *restrict low, float *restrict high, Index n)
+CLONES static void compare_exchange(float *restrict low, float *restrict high, Index n)
 {
     for (Index i = 0; i < n; i++) {
         const float a = low[i], b = high[i];
@@ -130,13 +128,13 @@ CLONES static void signed_copy(const float *row, float sign, Index n, float *res
         out[i] = sign * row[i];
 }
 
-CLONES static void middle(const float *a, const float *b, Index n, float *restrict out)
+CLONES static void mean_of_two(const float *a, const float *b, Index n, float *restrict out)
 {
     for (Index i = 0; i < n; i++)
         out[i] = 0.5f * a[i] + 0.5f * b[i];
 }
 
-/* Insertion sort of the rows, many columns at a time. */
+/* Sort the rows by insertion, many columns at a time, and take the middle one, or the mean of the middle two. */
 static void median_of_any(const float *const *row, const float *sign, Index rows, Index n, float *out)
 {
     float sorted[MAX_ROWS][TILE / 4];
@@ -145,9 +143,9 @@ static void median_of_any(const float *const *row, const float *sign, Index rows
         for (Index j = 0; j < rows; j++) {
             signed_copy(row[j] + start, sign[j], run, sorted[j]);
             for (Index k = j; k > 0; k--)
-                exchange(sorted[k - 1], sorted[k], run);
+                compare_exchange(sorted[k - 1], sorted[k], run);
         }
-        middle(sorted[(rows - 1) / 2], sorted[rows / 2], run, out + start);
+        mean_of_two(sorted[(rows - 1) / 2], sorted[rows / 2], run, out + start);
     }
 }
 

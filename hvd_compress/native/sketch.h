@@ -1,23 +1,15 @@
-/* What the loops over count-sketches share: see sketch.c. */
+/* Definitions that the loops over count-sketches share: see sketch.c. */
 #ifndef HVD_COMPRESS_SKETCH_H
 #define HVD_COMPRESS_SKETCH_H
 
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
-#include <stdint.h>
+#include "common.h"
 
 #define MAX_ROWS 16
-#define TILE 1024 /* estimates on the stack */
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__)
-#define CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define CLONES
-#endif
+#define TILE 1024 /* estimates that are kept on the stack at once */
 
 #define LOW(a, b) ((a) < (b) ? (a) : (b))
 #define HIGH(a, b) ((a) > (b) ? (a) : (b))
-#define AT(type, address) ((type *)(uintptr_t)(address))
+#define BUSY 32 /* blocks after which a loop yields the processor: where ranks share cores, others need time too */
 
 typedef Py_ssize_t Index;
 
@@ -28,10 +20,10 @@ typedef struct {
     Index n, columns, rows, blocks;
 } Sketch;
 
-/* Estimates of n elements of one block, from its element q on. */
+/* Write the estimates of n elements of one block, from its element q on. */
 void hvd_compress_estimate(const Sketch *s, Index block, Index q, Index n, float *out);
 
-/* Python's largest(...): sketch_largest.c. */
+/* The Python function largest(...), see sketch_largest.c. */
 PyObject *hvd_compress_largest(PyObject *self, PyObject *args);
 
 #endif

@@ -1,4 +1,4 @@
-"""Compiled loops for count-sketches of CPU float32 vectors; ``compressors.rotations`` has the mathematics."""
+"""Compiled loops for count-sketches of float32 vectors on the CPU; ``compressors.sketch_hash`` has the mathematics."""
 
 from __future__ import annotations
 
@@ -12,21 +12,27 @@ from hvd_compress import native
 
 _sketch: Any = native.load("_sketch")
 
-MAX_ROWS = 16
-_FLOAT, _INDEX = 4, 8
+MAX_ROWS = 16  # as in sketch.h
+_FLOAT, _INDEX = 4, 8  # bytes
 
 
 def applies(rows: int, *tensors: Tensor) -> bool:
-    """Whether the compiled loops can work on these tensors with so many rows."""
+    """Return True if the compiled loops can work on these tensors with ``rows`` rows."""
     return _sketch is not None and rows <= MAX_ROWS and all(map(native.plain, tensors))
 
 
 def sketch(flat: Tensor, table: Tensor, offsets: Tensor, signs: Tensor) -> None:
-    """Overwrite ``table`` (rows, columns) with the sketch of ``flat``; ``offsets`` (int64) and ``signs`` are
-    (rows, blocks) and contiguous."""
+    """Overwrite ``table`` with the sketch of ``flat``.
+
+    Args:
+        flat: float32, n elements.
+        table: float32 (rows, columns).
+        offsets: int64 (rows, blocks), contiguous, each in [0, columns).
+        signs: float32 (rows, blocks), contiguous.
+    """
     rows, columns = table.shape
     n, blocks = flat.numel(), offsets.shape[1]
-    # Whole rows to a thread: the order of the additions, and so the bits, do not depend on their number.
+    # A thread gets whole rows, so that the order of the additions does not depend on the number of threads.
     native.run(
         [
             partial(
@@ -45,7 +51,7 @@ def sketch(flat: Tensor, table: Tensor, offsets: Tensor, signs: Tensor) -> None:
 
 
 def estimate(table: Tensor, offsets: Tensor, signs: Tensor, out: Tensor, alpha: Optional[float] = None) -> None:
-    """``out = estimates``, or with ``alpha``: ``out += alpha * estimates``."""
+    """Write the estimates of all coordinates into ``out``, or with ``alpha`` add ``alpha`` times them to it."""
     n, blocks = out.numel(), offsets.shape[1]
     native.run(
         [
@@ -63,16 +69,27 @@ def estimate(table: Tensor, offsets: Tensor, signs: Tensor, out: Tensor, alpha: 
     )
 
 
-def room(n: int, count: int) -> int:
-    """How many candidates ``largest`` needs room for, so that it seldom has to tidy up."""
+def candidate_capacity(n: int, count: int) -> int:
+    """Return how many candidates ``largest`` gets room for: enough that it seldom has to discard some in between."""
     return 2 * count + n // 32 + 2**15
 
 
 def largest(table: Tensor, offsets: Tensor, signs: Tensor, n: int, count: int, indices: Tensor, keys: Tensor) -> None:
-    """Write the indices of the ``count`` largest magnitudes of the ``n`` estimates, ascending, into ``indices``.
+    """Write the ascending indices of the ``count`` largest magnitudes among the ``n`` estimates into ``indices``.
 
-    Of equal ones the lowest indices are taken; nan counts as infinite. ``indices`` (int64) and ``keys`` (int32)
-    are scratch of ``room(n, count)`` elements.
+    Of equal magnitudes the lowest indices are taken; nan counts as infinite.
+
+    Args:
+        table: float32 (rows, columns).
+        offsets: int64 (rows, blocks), contiguous.
+        signs: float32 (rows, blocks), contiguous.
+        n: number of elements of the sketched vector.
+        count: 1 <= count <= n.
+        indices: int64, ``candidate_capacity(n, count)`` elements; the first ``count`` are the result.
+        keys: int32, ``candidate_capacity(n, count)`` elements of scratch.
+
+    Raises:
+        ValueError: if a dtype is wrong or a number out of range.
     """
     if keys.dtype != torch.int32 or indices.dtype != torch.int64 or keys.numel() > indices.numel():
         raise ValueError("indices must be int64, keys int32 and not longer")

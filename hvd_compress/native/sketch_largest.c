@@ -1,15 +1,13 @@
-/* The largest median estimates of a count-sketch, without ever writing the others: see sketch.c. */
+/* The largest median estimates of a count-sketch, found without storing the others. See sketch.c. */
 #include "sketch.h"
-#include <sched.h>
 #include <string.h>
 
-#define SAMPLE 256 /* estimates that lie together in the sample for the first threshold */
-#define SPARSE 64  /* one in so many is in the sample */
+#define SAMPLE 256 /* consecutive estimates in each piece of the sample for the first threshold */
+#define SPARSE 64  /* one piece in so many is in the sample */
 #define BINS 2048
 #define INFINITE 0x7f800000u
-#define BUSY 32 /* blocks between two chances for other threads of this core */
 
-/* Magnitudes as integers of the same order; nan counts as infinite. */
+/* Write magnitudes as integers of the same order; nan counts as infinite. */
 CLONES static void to_keys(const float *v, Index n, uint32_t *restrict keys)
 {
     for (Index i = 0; i < n; i++) {
@@ -20,8 +18,8 @@ CLONES static void to_keys(const float *v, Index n, uint32_t *restrict keys)
     }
 }
 
-/* The rank-th largest key, 1 <= rank <= n: three rounds of counting by 11 bits, from the top. */
-static uint32_t ranked(const uint32_t *keys, Index n, Index rank)
+/* Return the rank-th largest key, 1 <= rank <= n: three rounds of counting by 11 bits, from the highest. */
+static uint32_t rank_th_largest(const uint32_t *keys, Index n, Index rank)
 {
     static const int shifts[] = {22, 11, 0};
     Index count[BINS];
@@ -39,10 +37,10 @@ static uint32_t ranked(const uint32_t *keys, Index n, Index rank)
     return prefix;
 }
 
-/* Keep the `count` largest of n candidates, in their order; of equal ones the first. The least key kept. */
+/* Keep the `count` largest of n candidates in their order, of equal ones the first; return the smallest key kept. */
 static uint32_t keep_largest(int64_t *indices, uint32_t *keys, Index n, Index count)
 {
-    const uint32_t least = ranked(keys, n, count);
+    const uint32_t least = rank_th_largest(keys, n, count);
     Index ties = count, kept = 0;
     for (Index i = 0; i < n; i++)
         ties -= keys[i] > least;
@@ -59,8 +57,8 @@ static uint32_t keep_largest(int64_t *indices, uint32_t *keys, Index n, Index co
     return least;
 }
 
-/* A key that a few more than `count` elements should reach, from a sample; 0, which all reach, for short vectors. */
-static uint32_t guess(const Sketch *s, uint32_t *keys, Index count, Index capacity)
+/* Return a key that, judging by a sample, a few more than `count` elements reach; 0 for short vectors: all reach it. */
+static uint32_t sampled_threshold(const Sketch *s, uint32_t *keys, Index count, Index capacity)
 {
     float tile[SAMPLE];
     Index n = 0;
@@ -72,11 +70,12 @@ static uint32_t guess(const Sketch *s, uint32_t *keys, Index count, Index capaci
         n += run;
     }
     const Index expected = (Index)((double)n * (double)count / (double)s->n), rank = expected + expected / 4 + 64;
-    return rank < n ? ranked(keys, n, rank) : 0;
+    return rank < n ? rank_th_largest(keys, n, rank) : 0;
 }
 
-/* Candidates with a key of at least `least`, in ascending order; the bar rises when there is no more room. */
-static Index gather(const Sketch *s, uint32_t least, int64_t *indices, uint32_t *keys, Index count, Index capacity)
+/* Collect candidates with a key of at least `least` in ascending order and return their number. When there is no more
+ * room only the largest are kept, and `least` rises. */
+static Index collect(const Sketch *s, uint32_t least, int64_t *indices, uint32_t *keys, Index count, Index capacity)
 {
     float tile[TILE];
     uint32_t key[TILE];
@@ -86,7 +85,7 @@ static Index gather(const Sketch *s, uint32_t least, int64_t *indices, uint32_t 
         for (Index q = 0; q < length; q += TILE) {
             const Index run = LOW(TILE, length - q);
             if (found + run > capacity) {
-                least = keep_largest(indices, keys, found, count) + 1; /* later ones equal to it come too late */
+                least = keep_largest(indices, keys, found, count) + 1; /* of equal keys the first are kept */
                 found = count;
             }
             hvd_compress_estimate(s, b, q, run, tile);
@@ -122,9 +121,9 @@ PyObject *hvd_compress_largest(PyObject *self, PyObject *args)
     int64_t *indices = AT(int64_t, indices_at);
     uint32_t *keys = AT(uint32_t, keys_at);
     Py_BEGIN_ALLOW_THREADS
-    Index found = gather(&s, guess(&s, keys, count, capacity), indices, keys, count, capacity);
-    if (found < count) /* the sample was misleading */
-        found = gather(&s, 0, indices, keys, count, capacity);
+    Index found = collect(&s, sampled_threshold(&s, keys, count, capacity), indices, keys, count, capacity);
+    if (found < count) /* the sample was not like the vector */
+        found = collect(&s, 0, indices, keys, count, capacity);
     keep_largest(indices, keys, found, count);
     Py_END_ALLOW_THREADS
     Py_RETURN_NONE;

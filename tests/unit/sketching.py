@@ -1,4 +1,4 @@
-"""What the tests of the count-sketch share: each way to compute it, and its formula written once more."""
+"""Fixture and helpers for tests of the count-sketch: each way to compute it, and a second, plain implementation."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ Array = npt.NDArray[np.float64]
 
 @pytest.fixture(autouse=True, params=["slices", "gather", "native"] if BUILT else ["slices", "gather"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Everything in each of the ways to compute it; tiles small enough for tests to need several."""
+    """Run every test in each way to compute the sketch, with tiles so small that tests need several."""
     monkeypatch.setattr(loops, "_sketch", COMPILED if request.param == "native" else None)
     monkeypatch.setattr(sketch_hash, "_MAX_SLICES", 2**40 if request.param == "slices" else -1)
     monkeypatch.setattr(sketch_hash, "_CPU_TILE", 23)
     return str(request.param)
 
 
-# What is drawn and found does not depend on the way, see above; these need many draws.
+# Draws and results do not depend on the way, so tests that need many draws run in one way only.
 one_way = pytest.mark.parametrize("way", ["native" if BUILT else "slices"], indirect=True)
 
 
@@ -60,7 +60,7 @@ def estimates(codec: CountSketchCodec, payload: Tensor, n: int) -> Tensor:
 
 
 def places(seed: int, name: str, step: int, n: int, rows: int, columns: int) -> tuple[Any, Array]:
-    """Column and sign of every coordinate in every row, one by one from the definition."""
+    """Return column and sign of every coordinate in every row, one by one from the definition."""
     column, sign = np.zeros((rows, n), dtype=np.int64), np.zeros((rows, n))
     for j in range(rows):
         key = np.array([tensor_key(seed, f"{name}\0row {j}")], dtype=np.uint64)

@@ -1,4 +1,4 @@
-"""Codecs of gathered and of drawn payloads on an accelerator, without one: see accelerator."""
+"""Codecs of gathered and of randomly drawn payloads on a simulated accelerator, see accelerator.py."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_tensors_one_by_one(uploading: Uploading, compressor: Compressor, dtype:
 @compressors
 @pytest.mark.parametrize("numels", [(), (0,), (1,)], ids=str)
 def test_buckets_of_next_to_nothing(compressor: Compressor, numels: tuple[int, ...]) -> None:
-    """On the host, with values."""
+    """Real values are checked on the host."""
     layout = Layout(tuple("abc"[: len(numels)]), numels)
     codec, flat = compressor.codec(layout, torch.float32, torch.device("cpu")), torch.full((layout.total,), -2.0)
     assert isinstance(codec, Codec)

@@ -1,4 +1,4 @@
-"""Compressors with codecs of their own kind on an accelerator, without one: see accelerator."""
+"""Count-sketch and low rank on a simulated accelerator, see accelerator.py."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_count_sketch(accelerator: Accelerator, columns: int, rows: int, dtype: 
 
 
 def test_a_count_sketch_is_few_operations(accelerator: Accelerator) -> None:
-    """However many blocks there are: launching a kernel for each would take longer than the work."""
+    """The number of operations must not grow with the blocks: launching kernels would take longer than the work."""
     n = 10_000_000
     codec = CountSketch(density=1 / 1000).codec(Layout(("a",), (n,)), torch.float32, DEVICE)
     flat, payload = torch.zeros(n, device=DEVICE), torch.zeros(codec.numel, device=DEVICE)

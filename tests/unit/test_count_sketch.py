@@ -1,4 +1,4 @@
-"""The count-sketch: the formula and what is drawn; compiled and with torch's operations."""
+"""The count-sketch: its formula and its random draw, with compiled loops and with torch's operations."""
 
 from __future__ import annotations
 
@@ -83,10 +83,10 @@ def test_sizes(numel: int, arguments: dict[str, Any], columns: int) -> None:
     assert coder(min(numel, 9999), **arguments).numel == config.rows * config.width(min(numel, 9999))
 
 
-def test_what_it_says_of_itself() -> None:
+def test_properties() -> None:
     assert CountSketch().combine is Combine.SKETCH
-    assert CountSketch().summable
-    assert not CountSketch().lossless
+    assert not CountSketch().is_sparsifier
+    assert not torch.equal(CountSketch().decode(CountSketch().encode(values(500))), values(500)), "lossy"
     assert CountSketch().payload_ratio == 0.01
     assert CountSketch(density=1).payload_ratio == 5.0
     assert CountSketch(columns=99).payload_ratio == 1.0
@@ -152,7 +152,7 @@ def test_a_nan_is_not_lost() -> None:
 
 
 def test_each_way_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also with tiles of ordinary size and a rotation in several threads."""
+    """All ways agree, also with tiles of ordinary size and rotations in several threads."""
     monkeypatch.setattr(sketch_hash, "_CPU_TILE", 2**10)
     n, results = 50_000, []
     for setting in ("as it is", "threads", "torch"):
@@ -170,11 +170,11 @@ def test_each_way_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(one[1], torchs[1], rtol=0, atol=1e-4)
 
 
-# -- what is drawn -------------------------------------------------------------------------------------
+# -- the random draw -----------------------------------------------------------------------------------
 
 
 def test_the_draw_is_pinned() -> None:
-    """Ranks may run different releases: the draw is part of the format."""
+    """The draw is part of the format: ranks may run different releases."""
     codec = coder(1000, 3, columns=100, rows=2)
     payload = table_of(codec, torch.arange(1000.0))
     assert payload[:4].tolist() == [336.0, 436.0, 436.0, 436.0]
@@ -185,7 +185,7 @@ def test_hashing_is_the_numpy_draw() -> None:
     expected = np.array([draw(np.array([2**64 - 5], dtype=np.uint64), i)[0] for i in range(300)])
     assert np.array_equal(keys.numpy().view(np.uint64), expected)
     for step in (0, 1, 10**9):
-        assert np.array_equal(counter_rng.at(keys, step).numpy().view(np.uint64), draw(expected, step))
+        assert np.array_equal(counter_rng.draw_on_device(keys, step).numpy().view(np.uint64), draw(expected, step))
 
 
 @pytest.mark.parametrize("other", [{"step": 1}, {"seed": 1}, {"name": "b"}])

@@ -1,4 +1,4 @@
-"""The count-sketch: the statistics of its estimates, and what it finds."""
+"""The count-sketch: the statistics of its estimates, and the heavy hitters that it finds."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_estimates_are_unbiased_with_the_variance_of_a_full_hash(way: str, rows:
 
 
 def random_hash_recall(v: Array, rows: int, columns: int, k: int, seed: int) -> float:
-    """Recall of the k largest by a textbook sketch with a hash of its own for every coordinate."""
+    """Return the recall of the k largest of a textbook sketch, which hashes every coordinate independently."""
     rng = np.random.default_rng(seed)
     column, sign = rng.integers(0, columns, (rows, v.size)), rng.choice([-1.0, 1.0], (rows, v.size))
     rows_of = [np.bincount(h, weights=s * v, minlength=columns) for h, s in zip(column, sign)]
@@ -58,7 +58,7 @@ def recall(v: Array, found: Any, k: int) -> float:
 @pytest.mark.parametrize("ratio", [2, 10])
 def test_recall_is_that_of_a_full_random_hash(way: str, ratio: int) -> None:
     n, k, trials = 20_000, 200, 6
-    # Heavy tails, and the large ones together as in a layer with large gradients.
+    # The values have heavy tails, and the large ones are neighbours, as in a layer with large gradients.
     v = np.random.default_rng(0).standard_t(2, n) * np.where(np.arange(n) < n // 4, 3.0, 1.0)
     codec = coder(n, columns=ratio * k, rows=5)
     ours, theirs = [], []
@@ -75,7 +75,7 @@ def test_recall_is_that_of_a_full_random_hash(way: str, ratio: int) -> None:
 
 
 def largest(sizes: Tensor, count: int) -> list[int]:
-    """Ascending indices of the largest; the lower index of equal ones."""
+    """Return the ascending indices of the largest; of equal ones the lowest indices are taken."""
     return sorted(torch.sort(sizes.abs(), descending=True, stable=True).indices[:count].tolist())
 
 
@@ -109,7 +109,7 @@ HARD: dict[str, Any] = {
 @one_way
 @pytest.mark.parametrize("kind", HARD)
 def test_heavy_hitters_whatever_the_distribution(way: str, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    """Exact sketches, so that the vector is the estimate; counts that change what is scratch."""
+    """Sketches are exact here, so that the estimates are the vector; the counts need scratch memory of other sizes."""
     monkeypatch.setattr(sketch_hash, "_CPU_TILE", 2**16)
     v = HARD[kind]()
     codec = coder(N, density=1, rows=3)

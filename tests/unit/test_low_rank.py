@@ -1,4 +1,4 @@
-"""PowerSGD: the factors, what they are worth, several ranks together, and that nothing but (seed, name) matters."""
+"""PowerSGD: the factors, their error, several ranks together, and independence of all but (seed, name)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hvd_compress.compressors import Combine, Layout, LowRank, counter_rng
+from hvd_compress.compressors import Combine, JointCodec, Layout, LowRank, counter_rng
 from hvd_compress.compressors.low_rank import LowRankCodec
 
 CPU = torch.device("cpu")
@@ -31,7 +31,7 @@ def coder(layout: Layout = LAYOUT, dtype: torch.dtype = torch.float32, **argumen
 
 
 def exchange(codecs: Sequence[LowRankCodec], flats: Sequence[Tensor], step: int = 0) -> list[Tensor]:
-    """What each rank decodes."""
+    """Exchange in all rounds and return the decoded vector of each rank."""
     for codec in codecs:
         codec.set_step(step)
     for index, numel in enumerate(codecs[0].numels):
@@ -41,7 +41,7 @@ def exchange(codecs: Sequence[LowRankCodec], flats: Sequence[Tensor], step: int 
         mean = torch.stack(payloads).mean(0)
         for codec in codecs:
             codec.receive(index, mean)
-            # What is received is kept by the codec: the buffer belongs to the caller.
+        # The codec must have copied what it received: the buffer belongs to the caller.
         mean.fill_(math.nan)
     decoded = [torch.zeros_like(flat) for flat in flats]
     for codec, out in zip(codecs, decoded):
@@ -54,7 +54,7 @@ def one_matrix(n: int, m: int) -> Layout:
 
 
 def best(matrix: Tensor, r: int) -> float:
-    """Squared error of the best approximation of rank r."""
+    """Return the squared error of the best approximation of rank r."""
     return float((torch.linalg.svdvals(matrix.double())[r:] ** 2).sum())
 
 
@@ -78,7 +78,7 @@ def best(matrix: Tensor, r: int) -> float:
         ((5, 1000), 4, (5, 1000, 4)),
     ],
 )
-def test_what_is_factored(shape: tuple[int, ...], rank: int, factors: tuple[int, int, int]) -> None:
+def test_shapes_of_factors(shape: tuple[int, ...], rank: int, factors: tuple[int, int, int]) -> None:
     assert LowRank(rank).factors(shape) == factors
 
 
@@ -118,9 +118,10 @@ def test_strides_do_not_matter() -> None:
     torch.testing.assert_close(config.encode(v.t().contiguous().t()).values, config.encode(v).values)
 
 
-def test_what_it_says_of_itself() -> None:
+def test_properties() -> None:
     assert LowRank().combine is Combine.JOINT
-    assert not LowRank().summable
+    assert not LowRank().is_sparsifier
+    assert isinstance(coder(), JointCodec)
     with pytest.raises(ValueError, match="cannot be cut into shards"):
         LowRank().sharded(LAYOUT, [0, 8, LAYOUT.total], torch.float32, CPU)
 
@@ -150,7 +151,7 @@ def test_sizes(rank: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_ranks_together_do_powersgd_of_the_mean(ranks: int, dtype: torch.dtype) -> None:
-    """Algorithm 1 of the paper, in float64, on the mean of the ranks' matrices; warm over steps."""
+    """The result is that of algorithm 1 of the paper in float64, on the ranks' mean matrix, with a warm start."""
     codecs = [coder(dtype=dtype, rank=2) for _ in range(ranks)]
     q = {i: codecs[0].warm_start()["warm"][i].double().clone() for i in MATRICES}
     for step in range(4):
@@ -212,7 +213,7 @@ def test_a_full_rank_is_exact() -> None:
 
 
 def test_a_zero_matrix_decodes_to_zero_and_is_forgotten() -> None:
-    """A layer without gradients for a step must not be lost for all later ones."""
+    """A layer without gradients at one step must not be lost at all later steps."""
     codec, flat = coder(rank=2), values(LAYOUT.total)
     assert torch.equal(exchange([codec], [torch.zeros_like(flat)])[0], torch.zeros_like(flat))
     assert torch.equal(exchange([codec], [flat], 1)[0], exchange([coder(rank=2)], [flat])[0])
@@ -241,11 +242,11 @@ def test_without_matrices(layout: Layout) -> None:
     assert torch.equal(exchange([codec], [flat])[0], flat)
 
 
-# -- memory and what is drawn --------------------------------------------------------------------------
+# -- state and random draws ----------------------------------------------------------------------------
 
 
-def test_memory_is_the_state() -> None:
-    """A checkpoint copies it and writes it back."""
+def test_the_warm_start_is_all_of_the_state() -> None:
+    """A checkpoint copies the warm start and writes it back."""
     one, other = coder(rank=2), coder(rank=2)
     for step in range(3):
         exchange([one], [values(LAYOUT.total, seed=step)], step)

@@ -1,4 +1,4 @@
-"""Where the random block lies: the formula, its statistics, and that nothing but (seed, name, step) matters."""
+"""Position of the random block: its formula, its statistics, and its independence of all but (seed, name, step)."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ densities = st.floats(min_value=0.0, max_value=1.0, exclude_min=True)
 
 
 def starts(n: int, name: str = "weight", seed: int = 0, first: int = 0, steps: int = STEPS) -> np.ndarray:
-    """Starts of the block at consecutive steps."""
+    """Return the starts of the block at consecutive steps."""
     block = RandomBlock(density=0.25, seed=seed)
     return np.array([block.selection(name, n, step)[0] for step in range(first, first + steps)])
 
 
 def surprise(counts: np.ndarray, expected: np.ndarray | float, constraints: int = 1) -> float:
-    """Chi-square as a number of its standard deviations; far below zero is as suspicious as far above."""
+    """Return how many standard deviations chi-square is above its mean; far below is as suspicious as far above."""
     chi_square = float((((counts - expected) ** 2) / expected).sum())
     freedom = counts.size - constraints
     return (chi_square - freedom) / math.sqrt(2 * freedom)
 
 
 def dependence(a: np.ndarray, b: np.ndarray, bins: int) -> float:
-    """``surprise`` of the joint distribution of two sequences in [0, bins) if they are uniform and independent."""
+    """Return the ``surprise`` of two sequences in [0, bins) that are expected to be uniform and independent."""
     table = np.bincount(a * bins + b, minlength=bins * bins)
     return surprise(table, len(a) / bins**2)
 
@@ -78,7 +78,7 @@ def test_tensors_of_no_and_of_one_element() -> None:
 
 
 def test_places_are_pinned() -> None:
-    """Ranks may run different releases and checkpoints outlive them: the draw is part of the format."""
+    """The draw is part of the format: ranks may run different releases, and checkpoints outlive them."""
     block = RandomBlock(density=1 / 64, seed=0)
     assert [block.selection("layer.weight", 1000, step)[0] for step in range(4)] == [723, 87, 113, 499]
     assert RandomBlock(density=0.5, seed=7).selection("größe.重み", 10**8, 123456) == (90014419, 50000000)
@@ -144,14 +144,14 @@ def test_consecutive_steps_are_independent() -> None:
 )
 def test_names_and_seeds_draw_independently(one: tuple[str, int], other: tuple[str, int]) -> None:
     a, b = starts(10, *one), starts(10, *other)
-    # Also with a lag: one sequence must not be the other one shifted.
+    # One sequence must not be the other one shifted by a lag either.
     for lag in range(4):
         assert abs(dependence(a[: STEPS - lag], b[lag:], 10)) < 4.5
         assert abs(dependence(b[: STEPS - lag], a[lag:], 10)) < 4.5
 
 
 def test_two_tensors_of_one_size_do_not_move_together() -> None:
-    """A shared offset would starve or flood whole layers at once."""
+    """If tensors shared an offset, whole layers would be sent completely or not at all."""
     names = [f"block.{i}.weight" for i in range(200)]
     block = RandomBlock()
     rows = np.array([[block.selection(name, 10, step)[0] for name in names] for step in range(20)])
@@ -172,7 +172,7 @@ CALLS = [
 
 
 def draws(calls: Sequence[tuple[int, str, int, int]]) -> dict[str, list[int]]:
-    """Selections of all calls, made in the given order."""
+    """Return the selections of all calls, made in the given order."""
     return {repr(call): list(RandomBlock(density=0.1, seed=call[0]).selection(*call[1:])) for call in calls}
 
 
@@ -192,7 +192,7 @@ def test_threads_do_not_matter() -> None:
 
 
 def test_rank_process_and_hash_seed_do_not_matter() -> None:
-    """In another process, as other ranks are."""
+    """Another process draws the same, as another rank would."""
     code = (
         "import json, sys\n"
         "from hvd_compress.compressors import RandomBlock\n"
@@ -200,7 +200,7 @@ def test_rank_process_and_hash_seed_do_not_matter() -> None:
         "found = {repr(c): RandomBlock(density=0.1, seed=c[0]).selection(*c[1:]) for c in calls}\n"
         "print(json.dumps({'hash': hash('a'), 'found': found}))\n"
     )
-    # One child is enough: this process has another hash seed, and is no rank.
+    # One child process is enough: this process has another hash seed and is not a rank.
     seed = "1" if os.environ.get("PYTHONHASHSEED") == "4242" else "4242"
     env = {**os.environ, "PYTHONHASHSEED": seed, "HOROVOD_RANK": "3", "HOROVOD_SIZE": "4"}
     child = subprocess.run(

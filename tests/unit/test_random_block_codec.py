@@ -1,4 +1,4 @@
-"""What the random block sends: exactly the selected coordinates, one tensor at a time or a bucket at once."""
+"""Payload of the random block: exactly the selected coordinates, of a tensor or of a bucket."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ layouts = st.lists(st.one_of(st.sampled_from([0, 1, 2]), st.integers(0, 70)), mi
 
 
 def values(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    """Normal values without zeros, so that a coordinate that was not sent shows."""
+    """Return normal values without zeros, so that a decoded zero shows a coordinate that was not sent."""
     v = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
     return torch.where(v == 0, torch.ones_like(v), v)
 
@@ -37,7 +37,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def mask_of(block: RandomBlock, name: str, numel: int, step: int) -> Tensor:
-    """The selected coordinates, one by one from the definition."""
+    """Return the mask of the selected coordinates, one by one from the definition."""
     start, length = block.selection(name, numel, step)
     mask = torch.zeros(numel, dtype=torch.bool)
     for i in range(length):
@@ -73,7 +73,7 @@ def test_exactly_the_selected_coordinates_survive(
 
 
 def test_the_contraction_is_density_on_average() -> None:
-    """E ||v - C(v)||^2 = (1 - b/n) ||v||^2, whatever v is: here all of its energy is in one coordinate."""
+    """E ||v - C(v)||^2 = (1 - b/n) ||v||^2, for any v; here all of its energy is in one coordinate."""
     block, v = RandomBlock(density=0.25), torch.zeros(40)
     v[11] = 1.0
     steps = 4000
@@ -102,7 +102,7 @@ def test_special_values_pass_and_do_not_spread(n: int, density: float, step: int
 
 @pytest.mark.parametrize("density", [0.1, 1.0])
 def test_a_payload_is_a_copy(density: float) -> None:
-    """Training goes on while it travels."""
+    """A payload must not change when training continues while it is being sent."""
     block, v = RandomBlock(density=density), values((30,))
     payload = block.encode(v, "w", 0)
     before = payload.values.clone()
@@ -128,7 +128,7 @@ def test_payloads_add_as_tensors_do(n: int, dtype: torch.dtype, density: float, 
 
 
 def test_a_hundred_million_elements() -> None:
-    """The input is one element seen 10^8 times; only the decoded tensor takes memory."""
+    """The input is one element, expanded 10^8 times, so only the decoded tensor takes memory."""
     n, block = 10**8, RandomBlock(density=1e-6)
     v = torch.ones(1, dtype=torch.float16).expand(n)
     start, length = block.selection("w", n, 3)
@@ -144,7 +144,7 @@ def test_a_hundred_million_elements() -> None:
 
 
 def decoded(block: RandomBlock, layout: Layout, flat: Tensor, step: int) -> Tensor:
-    """The bucket's image, tensor by tensor."""
+    """Return what a bucket decodes to, computed tensor by tensor."""
     parts = torch.split(flat, list(layout.numels))
     return torch.cat([block.decode(block.encode(p, name, step)) for name, p in zip(layout.names, parts)])
 
@@ -175,7 +175,7 @@ def test_a_bucket_is_its_tensors(layout: Layout, density: float, seed: int, step
     codec.write(payload, written)
     assert same_bits(written, expected)
 
-    # write leaves the other coordinates alone, bit by bit
+    # write leaves the bits of the other coordinates unchanged
     background = values((layout.total,), dtype, seed=5)
     over = background.clone()
     codec.write(payload, over)
@@ -190,7 +190,7 @@ def test_a_bucket_is_its_tensors(layout: Layout, density: float, seed: int, step
     torch.testing.assert_close(added, background - 1.5 * expected)
     assert same_bits(added[expected == 0], background[expected == 0])
 
-    # what is given away leaves exactly nothing behind
+    # subtracting what was sent leaves exactly zero
     codec.accumulate(payload, flat, -1.0)
     assert same_bits(flat, torch.where(expected != 0, torch.zeros_like(flat), original))
 
@@ -199,11 +199,11 @@ def test_a_bucket_is_its_tensors(layout: Layout, density: float, seed: int, step
 def test_bucket_payloads_add(layout: Layout, density: float, step: int) -> None:
     block = RandomBlock(density=density)
     a, b = values((layout.total,), seed=1), values((layout.total,), seed=2)
-    codec, wire_a = at_step(block, layout, torch.float32, step)
-    wire_b, both = wire_a.clone(), wire_a.clone()
-    for flat, payload in ((a, wire_a), (b, wire_b), (a + b, both)):
+    codec, payload_a = at_step(block, layout, torch.float32, step)
+    payload_b, both = payload_a.clone(), payload_a.clone()
+    for flat, payload in ((a, payload_a), (b, payload_b), (a + b, both)):
         codec.encode(flat, payload)
-    assert same_bits(wire_a + wire_b, both)
+    assert same_bits(payload_a + payload_b, both)
 
 
 @given(layouts, st.integers(0, 1000))
@@ -230,7 +230,7 @@ def test_the_size_of_the_payload_never_changes(layout: Layout, density: float) -
 
 @given(layouts, densities, st.integers(0, 1000))
 def test_a_tensor_is_cut_alike_in_any_bucket(layout: Layout, density: float, step: int) -> None:
-    """Buckets may be cut otherwise after a restart: names decide, positions in the bucket do not."""
+    """The draw depends on names and not on positions, as buckets may be cut differently after a restart."""
     block, flat = RandomBlock(density=density), values((layout.total,))
     turned = Layout(layout.names[::-1], layout.numels[::-1])
     parts = torch.split(flat, list(layout.numels))

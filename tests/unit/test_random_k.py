@@ -1,4 +1,4 @@
-"""Random coordinates: distinct, uniform, the same everywhere; and what is sent of a tensor or a bucket."""
+"""Random coordinates: distinct, uniform, the same everywhere; and the payload of a tensor and of a bucket."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ layouts = st.lists(st.one_of(st.sampled_from([0, 1, 2]), st.integers(0, 70)), ma
 
 
 def values(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    """Normal values without zeros, so that a coordinate that was not sent shows."""
+    """Return normal values without zeros, so that a decoded zero shows a coordinate that was not sent."""
     v = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
     return torch.where(v == 0, torch.ones_like(v), v)
 
@@ -54,16 +54,16 @@ def mask_of(compressor: RandomK, name: str, numel: int, step: int) -> Tensor:
 
 
 def many(n: int, k: int) -> np.ndarray:
-    """One row of k coordinates for each of 10000 pairs of tensor and step."""
+    """Return a row of k coordinates for each of 10000 pairs of tensor and step."""
     tensors, rows = 1000, []
-    places = random_k._Places(RandomK((k + 0.5) / n), Layout(tuple(map(str, range(tensors))), (n,) * tensors))
+    places = random_k._Coordinates(RandomK((k + 0.5) / n), Layout(tuple(map(str, range(tensors))), (n,) * tensors))
     for step in range(10):
         rows.append(places.draw(step).reshape(tensors, k) - np.arange(tensors)[:, None] * n)
     return np.concatenate(rows)
 
 
 def draws(n: int, density: float, name: str = "weight", seed: int = 0, steps: int = STEPS) -> np.ndarray:
-    """One row of coordinates per step."""
+    """Return a row of coordinates per step."""
     compressor = RandomK(density, seed)
     return np.array([compressor.selection(name, n, step) for step in range(steps)])
 
@@ -96,7 +96,7 @@ def test_density_one_sends_everything(n: int) -> None:
 
 
 def test_the_draw_is_pinned() -> None:
-    """Ranks may run different releases and checkpoints outlive them: the draw is part of the format."""
+    """The draw is part of the format: ranks may run different releases, and checkpoints outlive them."""
     compressor = RandomK(density=0.005, seed=0)
     assert [compressor.selection("layer.weight", 1000, step).tolist() for step in range(3)] == [
         [147, 149, 224, 372, 717],
@@ -131,7 +131,7 @@ def test_steps_names_and_seeds_are_independent() -> None:
 
 
 def test_rank_process_and_hash_seed_do_not_matter() -> None:
-    """In another process, as other ranks are."""
+    """Another process draws the same, as another rank would."""
     calls = [(name, n, step) for name in ("a", "b.weight", "ä") for n in (1, 64, 10**6) for step in (0, 999_999)]
     code = (
         "import json, sys\n"
@@ -153,11 +153,12 @@ def test_rank_process_and_hash_seed_do_not_matter() -> None:
 # -- one tensor ----------------------------------------------------------------------------------------
 
 
-def test_what_it_says_of_itself() -> None:
-    assert RandomK.combine is Combine.SUM
-    assert RandomK().summable
-    assert not RandomK().lossless
-    assert RandomK(0.25).payload_ratio == 0.25
+def test_properties() -> None:
+    compressor, v = RandomK(0.25), values((40,))
+    assert compressor.combine is Combine.SUM
+    assert compressor.is_sparsifier
+    assert compressor.payload_ratio == 0.25
+    assert not torch.equal(compressor.decode(compressor.encode(v)), v), "lossy"
 
 
 @given(shapes, st.sampled_from(DTYPES), densities, st.integers(0, 9), st.integers(0, 1000))
@@ -176,7 +177,7 @@ def test_exactly_the_selected_coordinates_survive(
 
 
 def test_the_contraction_is_density_on_average() -> None:
-    """E ||v - C(v)||^2 = (1 - k/n) ||v||^2, whatever v is: here all of its energy is in one coordinate."""
+    """E ||v - C(v)||^2 = (1 - k/n) ||v||^2, for any v; here all of its energy is in one coordinate."""
     compressor, v = RandomK(0.25), torch.zeros(40)
     v[11] = 1.0
     lost = [float((v - compressor.decode(compressor.encode(v, "w", step))).square().sum()) for step in range(STEPS)]
@@ -193,7 +194,7 @@ def test_any_memory_layout(dtype: torch.dtype, density: float, step: int) -> Non
 
 @pytest.mark.parametrize("density", [0.1, 1.0])
 def test_a_payload_is_a_copy(density: float) -> None:
-    """Training goes on while it travels."""
+    """A payload must not change when training continues while it is being sent."""
     compressor, v = RandomK(density), values((30,))
     payload = compressor.encode(v, "w", 0)
     before = payload.values.clone()
@@ -239,7 +240,7 @@ def test_a_bucket_is_its_tensors(layout: Layout, density: float, seed: int, step
     torch.testing.assert_close(added, background - 1.5 * expected)
     assert same_bits(added[expected == 0], background[expected == 0])
 
-    # what is given away leaves exactly nothing behind
+    # subtracting what was sent leaves exactly zero
     codec.accumulate(payload, flat, -1.0)
     assert same_bits(flat, torch.where(expected != 0, torch.zeros_like(flat), original))
 
@@ -247,17 +248,17 @@ def test_a_bucket_is_its_tensors(layout: Layout, density: float, seed: int, step
 @given(layouts, densities, st.integers(0, 1000))
 def test_bucket_payloads_add_and_keep_their_size(layout: Layout, density: float, step: int) -> None:
     a, b = values((layout.total,), seed=1), values((layout.total,), seed=2)
-    codec, wire_a = at_step(RandomK(density), layout, torch.float32, step)
-    wire_b, both = wire_a.clone(), wire_a.clone()
-    for other in (step + 5, step):  # nothing is remembered of other steps
+    codec, payload_a = at_step(RandomK(density), layout, torch.float32, step)
+    payload_b, both = payload_a.clone(), payload_a.clone()
+    for other in (step + 5, step):  # the codec remembers nothing of other steps
         codec.set_step(other)
-        for flat, payload in ((a, wire_a), (b, wire_b), (a + b, both)):
+        for flat, payload in ((a, payload_a), (b, payload_b), (a + b, both)):
             codec.encode(flat, payload)
-        assert same_bits(wire_a + wire_b, both)
-        assert wire_a.numel() == codec.numel
+        assert same_bits(payload_a + payload_b, both)
+        assert payload_a.numel() == codec.numel
 
 
-def test_chunks_of_places_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_chunk_size_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of one tensor and of several are drawn by different arithmetic."""
     layout = Layout(("a", "empty", "b", "c"), (500, 0, 3, 2000))
     flat = values((layout.total,))
@@ -270,8 +271,8 @@ def test_chunks_of_places_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None
     assert all(same_bits(payload, payloads[0]) for payload in payloads)
 
 
-def test_it_draws_otherwise_than_a_block() -> None:
-    """Both may be used with one seed."""
+def test_the_draw_is_independent_of_a_random_blocks() -> None:
+    """Users may give both compressors the same seed."""
     places = draws(100, 0.01)[:, 0] // 10
     starts = np.array([RandomBlock(0.01).selection("weight", 100, step)[0] for step in range(STEPS)]) // 10
     assert abs(dependence(places, starts, 10)) < 4.5

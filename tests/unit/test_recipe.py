@@ -1,4 +1,4 @@
-"""A new compressor needs one file and one line: CONTRIBUTING's recipe, followed to the letter."""
+"""The recipe for a new compressor in CONTRIBUTING.md, executed to the letter: one file and one line."""
 
 from __future__ import annotations
 
@@ -52,18 +52,25 @@ print("trained")
 """
 
 
-def attempt(directory: Path, name: str, with_line: bool) -> subprocess.CompletedProcess[str]:
+def recipe() -> tuple[str, str]:
+    """Return the code of the compressor and the line that makes it public, as they are printed."""
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     code = re.search(r"```python\n(.*?)```", text, re.DOTALL)
     line = re.search(r"`(from hvd_compress\.compressors\.NAME import Name as Name)`", text)
     assert code
     assert line
+    return code.group(1), line.group(1)
+
+
+def attempt(directory: Path, name: str, with_line: bool) -> subprocess.CompletedProcess[str]:
+    """Train with a copy of the package to which the recipe was added."""
+    code, line = recipe()
     shutil.copytree(ROOT / "hvd_compress", directory / "hvd_compress", ignore=shutil.ignore_patterns("__pycache__"))
     compressors = directory / "hvd_compress" / "compressors"
-    (compressors / f"{name}.py").write_text(code.group(1), encoding="utf-8")
+    (compressors / f"{name}.py").write_text(code, encoding="utf-8")
     if with_line:
         with (compressors / "__init__.py").open("a", encoding="utf-8") as file:
-            file.write(line.group(1).replace("NAME", name).replace("Name", "Strided") + "\n")
+            file.write(line.replace("NAME", name).replace("Name", "Strided") + "\n")
     return subprocess.run(
         [sys.executable, "-c", TRIAL],
         cwd=directory,
@@ -80,6 +87,11 @@ def test_one_file_and_one_line(tmp_path: Path, name: str) -> None:
     ended = attempt(tmp_path, name, with_line=True)
     assert ended.returncode == 0, ended.stderr
     assert "trained" in ended.stdout
+
+
+def test_the_recipe_is_short() -> None:
+    code, _ = recipe()
+    assert len(code.splitlines()) <= 45
 
 
 def test_without_the_line_it_is_not_there(tmp_path: Path) -> None:

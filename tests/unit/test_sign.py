@@ -1,4 +1,4 @@
-"""Scaled signs: against plain numpy, with the compiled loops and with torch's operations; whole and in shards."""
+"""Scaled signs, compared with plain numpy: compiled loops and torch's operations, whole vectors and shards."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["loops"]  # the fixture
 CPU = torch.device("cpu")
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 WIDE = [torch.float32, torch.float64]
-# The fixture sets the same thing for every example.
+# The fixture makes the same setting for every example, so it need not run again.
 examples = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 sizes = st.one_of(st.none(), st.integers(1, 40))
@@ -31,7 +31,7 @@ numbers = st.lists(st.one_of(st.integers(0, 3), st.integers(0, 90)), max_size=8)
 
 
 def vector(n: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    """Normal values, some zeros of both signs, and a stretch of nothing else."""
+    """Return normal values, some zeros of both signs, and a quarter of zeros in a row."""
     rng = np.random.default_rng(seed)
     v = rng.standard_normal(n) * (rng.random(n) < 0.9) * rng.choice([-1.0, 1.0], n)
     v[n // 2 : n // 2 + n // 4] = 0.0
@@ -43,7 +43,7 @@ def named(numels: Sequence[int]) -> Layout:
 
 
 def blocks(numels: Sequence[int], size: Optional[int]) -> list[slice]:
-    """All blocks of tensors that lie one after the other."""
+    """Return all blocks of tensors that lie one after the other."""
     found, begin = [], 0
     for n in numels:
         step = size or max(n, 1)
@@ -53,13 +53,13 @@ def blocks(numels: Sequence[int], size: Optional[int]) -> list[slice]:
 
 
 def reference(v: np.ndarray, places: Sequence[slice]) -> tuple[np.ndarray, np.ndarray]:
-    """Scales and signs by the definition, in float64."""
+    """Return scales and signs by the definition, in float64."""
     v = v.astype(np.float64)
     return np.array([np.abs(v[b]).sum() / (b.stop - b.start) for b in places]), np.where(v >= 0, 1.0, -1.0)
 
 
 def unpack(payload: Tensor, n: int, count: int, at: int) -> tuple[np.ndarray, np.ndarray]:
-    """Scales and signs that bytes hold; the scales begin at ``at``."""
+    """Return the scales and signs of a payload whose scales begin at byte ``at``."""
     raw = payload.numpy().tobytes()
     bits = np.unpackbits(np.frombuffer(raw[: (n + 7) // 8], dtype=np.uint8), bitorder="little")
     assert not bits[n:].any(), "unused bits"
@@ -83,10 +83,10 @@ def encoded(codec: Codec, flat: Tensor) -> Tensor:
 # -- one tensor ----------------------------------------------------------------------------------------
 
 
-def test_what_it_says_of_itself() -> None:
-    assert BlockSign.combine is Combine.GATHER
-    assert not BlockSign().summable
-    assert not BlockSign().lossless
+def test_properties() -> None:
+    assert BlockSign().combine is Combine.GATHER
+    assert not BlockSign().is_sparsifier
+    assert not torch.equal(BlockSign().decode(BlockSign().encode(vector(40))), vector(40)), "lossy"
     assert BlockSign().payload_ratio == 1 / 32
     assert BlockSign(64).payload_ratio == 1 / 32 + 1 / 64
 
@@ -113,7 +113,7 @@ def test_the_definition(n: int, dtype: torch.dtype, size: Optional[int], seed: i
 @examples
 @given(st.integers(1, 200), st.sampled_from(WIDE), sizes)
 def test_the_contraction(n: int, dtype: torch.dtype, size: Optional[int]) -> None:
-    """||v - C(v)||^2 = ||v||^2 - ||v||_1^2 / n in each block, so at most (1 - 1/n) ||v||^2."""
+    """In each block ||v - C(v)||^2 = ||v||^2 - ||v||_1^2 / n, so it is at most (1 - 1/n) ||v||^2."""
     v = vector(n, dtype, 1)
     kept = BlockSign(size).decode(BlockSign(size).encode(v))
     for place in blocks([n], size):
@@ -131,7 +131,7 @@ def test_the_contraction_of_normal_values() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [None, 3])
-def test_zeros_and_what_is_not_finite(dtype: torch.dtype, size: Optional[int]) -> None:
+def test_zeros_and_values_that_are_not_finite(dtype: torch.dtype, size: Optional[int]) -> None:
     compressor = BlockSign(size)
     zeros = compressor.decode(compressor.encode(torch.tensor([0.0, -0.0, 0.0, 0.0], dtype=dtype)))
     assert zeros.tolist() == [0.0] * 4
@@ -156,7 +156,7 @@ def test_any_memory_layout(dtype: torch.dtype, size: Optional[int]) -> None:
 
 
 def test_a_payload_is_a_copy() -> None:
-    """Training goes on while it travels."""
+    """A payload must not change when training continues while it is being sent."""
     v = vector(30)
     payload = BlockSign(7).encode(v)
     before, kept = payload.values.clone(), BlockSign(7).decode(payload)
@@ -193,14 +193,14 @@ def test_a_bucket_is_its_tensors(numels: list[int], size: Optional[int], dtype: 
     values = spread(scales, places, n) * sign
     np.testing.assert_allclose(values, decoded.numpy(), rtol=1e-6)
 
-    # One product for each block, one sum for each element.
+    # The factor is computed once per block, and added once per element.
     factors = scales.astype(flat.numpy().dtype) * flat.numpy().dtype.type(-1.5)
     added = vector(n, dtype, seed + 1)
     expected = added.numpy() + spread(factors, places, n) * sign.astype(factors.dtype)
     codec.accumulate(payload, added, -1.5)
     np.testing.assert_array_equal(added.numpy(), expected)
 
-    # Mass: what stays is v - C(v), to the last bit.
+    # The residual is v - C(v), to the last bit.
     codec.accumulate(payload, flat, -1.0)
     np.testing.assert_array_equal(flat.numpy(), before.numpy() - values.astype(before.numpy().dtype))
 
@@ -208,7 +208,7 @@ def test_a_bucket_is_its_tensors(numels: list[int], size: Optional[int], dtype: 
 @pytest.mark.parametrize("size", [None, 1000, 5])
 @pytest.mark.parametrize("dtype", WIDE)
 def test_long_vectors(dtype: torch.dtype, size: Optional[int]) -> None:
-    """Several tiles of the compiled loops, borders at odd places."""
+    """The vector spans several tiles of the compiled loops, and blocks end at odd indices."""
     numels = [100_003, 1, 0, 33, 70_000, 4096]
     flat, places = vector(sum(numels), dtype, 3), blocks(numels, size)
     codec = BlockSign(size).codec(named(numels), dtype, CPU)
@@ -221,7 +221,7 @@ def test_long_vectors(dtype: torch.dtype, size: Optional[int]) -> None:
 
 @pytest.mark.parametrize("size", [None, 2_000_000, 1000])
 def test_scales_of_millions(size: Optional[int]) -> None:
-    """float32 sums of so many, one after the other, are off by a thousandth and more."""
+    """A sum in float32, one element after the other, would be wrong by a thousandth and more."""
     v = torch.randn(4_000_000, generator=torch.Generator().manual_seed(0))
     codec = BlockSign(size).codec(named([len(v)]), torch.float32, CPU)
     exact = v.double().abs().view(-1, size or len(v)).mean(1)
@@ -301,7 +301,7 @@ def test_borders_within_a_byte_are_refused() -> None:
 
 
 def test_a_shard_by_itself_has_blocks_of_its_own() -> None:
-    """A codec of a cut layout knows nothing of what was cut off."""
+    """The codec of a cut layout computes scales from its own elements only."""
     layout, flat = named([16]), torch.cat((torch.full((8,), 1.0), torch.full((8,), 3.0)))
     out = torch.zeros(8)
     codec = BlockSign().codec(layout.cut(8, 16), torch.float32, CPU)
@@ -316,7 +316,7 @@ def test_a_shard_by_itself_has_blocks_of_its_own() -> None:
 
 
 def test_it_works_without_the_extension(loops: str) -> None:
-    """Both loops write the same bytes, up to the rounding of sums."""
+    """Compiled loops and torch write the same bits of signs."""
     flat = vector(1000)
     codec = BlockSign(64).codec(named([990, 10]), torch.float32, CPU)
     payload = encoded(codec, flat)

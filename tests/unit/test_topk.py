@@ -1,4 +1,4 @@
-"""The largest elements: against a sorted list, whatever the vector looks like, and what a payload holds."""
+"""The largest elements, compared with a sorted list for vectors of many kinds, and the contents of a payload."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 densities = st.one_of(st.just(1.0), st.floats(min_value=1e-3, max_value=1.0))
 lengths = st.integers(0, 400)
-# Few different values, many zeros, one value, infinities: ties and thresholds that fit nothing.
+# Vectors with few different values, many zeros, one value or infinities have ties, and mislead a sampled threshold.
 kinds = st.sampled_from(["normal", "few", "zeros", "equal", "ascending", "descending", "special"])
 
 
@@ -45,7 +45,7 @@ def count(n: int, density: float) -> int:
 
 
 def largest(v: Tensor, k: int) -> list[int]:
-    """By the definition: nan first, then by magnitude, then by place."""
+    """Return the indices of the k largest by the definition: nan first, then by magnitude, then by index."""
     numbers = [abs(x) for x in v.reshape(-1).tolist()]
     order = sorted(range(len(numbers)), key=lambda i: (not math.isnan(numbers[i]), -numbers[i], i))
     return sorted(order[:k])
@@ -65,7 +65,7 @@ def at_step(topk: TopK, layout: Layout, dtype: torch.dtype, step: int) -> tuple[
 
 
 def parts(payload: Tensor, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Values, places and padding of a codec's payload."""
+    """Return values, indices and padding of a codec's payload."""
     middle = k * dtype.itemsize
     return payload[:middle].view(dtype), payload[middle : middle + 4 * k].view(torch.int32), payload[middle + 4 * k :]
 
@@ -73,11 +73,12 @@ def parts(payload: Tensor, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, 
 # -- one tensor ----------------------------------------------------------------------------------------
 
 
-def test_what_it_says_of_itself() -> None:
-    assert TopK.combine is Combine.GATHER
-    assert not TopK().summable
-    assert not TopK().lossless
-    assert TopK(density=0.01).payload_ratio == 0.02
+def test_properties() -> None:
+    topk, v = TopK(density=0.01), vector(300)
+    assert topk.combine is Combine.GATHER
+    assert topk.is_sparsifier
+    assert topk.payload_ratio == 0.02
+    assert not torch.equal(topk.decode(topk.encode(v)), v), "lossy"
 
 
 @given(lengths, kinds, st.sampled_from(DTYPES), densities)
@@ -108,7 +109,7 @@ def test_exactly_the_largest_survive(n: int, kind: str, dtype: torch.dtype, dens
 def test_exact_with_thresholds_from_thin_samples(
     dtype: torch.dtype, n: int, kind: str, density: float, seed: int
 ) -> None:
-    """As long vectors are searched: small tiles, a sample that may mislead."""
+    """Small tiles and samples search short vectors in the same way as long ones; the sample may mislead."""
     v, k = vector(n, kind, dtype, seed), count(n, density)
     with mock.patch.multiple(topk_search, TILE=64, _SAMPLE=16):
         assert HostSearch(n).largest(v, k).tolist() == largest(v, k)
@@ -147,7 +148,7 @@ def test_any_memory_layout(dtype: torch.dtype, density: float) -> None:
 @pytest.mark.parametrize("sampled", [False, True])
 @pytest.mark.parametrize("density", [0.1, 1.0])
 def test_a_payload_is_a_copy(density: float, sampled: bool) -> None:
-    """Training goes on while it travels."""
+    """A payload must not change when training continues while it is being sent."""
     topk, v = TopK(density, sampled), vector(30)
     payload = topk.encode(v)
     before = payload.values.clone()
@@ -190,7 +191,7 @@ def test_a_bucket_is_one_long_tensor(
     torch.testing.assert_close(added, background - 1.5 * decoded)
     assert same_bits(added[decoded == 0], background[decoded == 0])
 
-    # what is given away leaves exactly nothing behind, and the rest as it was
+    # subtracting what was sent leaves exactly zero there, and the rest unchanged
     values, places, _ = parts(payload, k, dtype)
     sent = torch.zeros(n, dtype=torch.bool)
     sent[(places[values != 0] if sampled else places).long()] = True
@@ -211,7 +212,7 @@ def test_the_size_of_the_payload_never_changes(sampled: bool) -> None:
         assert payload.numel() == codec.numel
 
 
-def test_vectors_too_long_for_int32_places_are_refused() -> None:
+def test_vectors_too_long_for_int32_indices_are_refused() -> None:
     with pytest.raises(ValueError, match=r"TopK: .*2147483648 elements.*fewer than 2\*\*31"):
         TopK(1e-9).codec(Layout(("a",), (2**31,)), torch.float32, torch.device("meta"))
 
@@ -221,8 +222,10 @@ def test_vectors_too_long_for_int32_places_are_refused() -> None:
 
 @given(st.integers(1, 2000), kinds, densities, st.integers(0, 1000), st.sampled_from(WIDE))
 def test_sampled_follows_its_definition(n: int, kind: str, density: float, step: int, dtype: torch.dtype) -> None:
-    """The first k of what is not zero and reaches the sample's threshold, from the start and round the end;
-    with the operations of the host and with those of a device."""
+    """The first k non-zero elements from the start on that reach the sample's threshold are sent.
+
+    The host's search and the device's are both checked.
+    """
     v, k, start = vector(n, kind, dtype), count(n, density), scan_start(step, n)
     with mock.patch.multiple(topk_search, TILE=64, _SAMPLE=16):
         found = HostSearch(n).sampled(v, k, start).tolist()
@@ -248,7 +251,7 @@ def test_short_vectors_are_their_own_sample() -> None:
 
 
 def test_how_many_a_sampled_threshold_lets_pass() -> None:
-    """The figures of the docstring: standard deviation 1 / sqrt(m density), 0.4 of it stay empty."""
+    """The figures of the docstring hold: standard deviation 1 / sqrt(m density), of which 0.4 remains empty."""
     n, density, trials = 400_000, 0.01, 60
     deviation = 1 / math.sqrt(n / topk_search.stride(n) * density)
     assert 0.15 < deviation < 0.17
@@ -270,7 +273,7 @@ def test_a_sampled_payload_is_nearly_as_good_as_the_exact_one() -> None:
 
 
 def test_the_scan_begins_everywhere() -> None:
-    """Where more elements reach the threshold than are sent, none waits for ever."""
+    """If more elements reach the threshold than are sent, each of them is sent at some step."""
     starts = np.array([scan_start(step, 1000) for step in range(3000)])
     histogram = np.bincount(starts // 100, minlength=10)
     assert histogram.sum() == 3000
@@ -281,7 +284,7 @@ def test_the_scan_begins_everywhere() -> None:
     assert bool((sent > 0).all())
 
 
-def test_zeros_are_not_sent_in_place_of_nothing() -> None:
+def test_unused_slots_are_zeros() -> None:
     topk, v = TopK(0.5, sampled=True), torch.zeros(100)
     v[7] = -2.0
     codec, payload = at_step(topk, Layout(("a",), (100,)), torch.float32, 0)

@@ -1,4 +1,4 @@
-"""A warm-up is another compressor in each stage."""
+"""Warm-up: the compressor of each stage."""
 
 from __future__ import annotations
 
@@ -65,12 +65,12 @@ def test_it_combines_as_its_compressor_does() -> None:
         )
 
 
-def test_stages_are_the_compressors_in_force() -> None:
+def test_stages_are_the_compressors_of_their_steps() -> None:
     warm = Warmup(TopK(0.1), (1.0, 0.5), 3)
     assert warm.stages == (Identity(), TopK(0.5), TopK(0.1)) == (warm.at(2), warm.at(5), warm.at(6))
 
 
-def test_one_payload_size_is_not_to_be_had() -> None:
+def test_a_codec_for_all_stages_is_refused() -> None:
     with pytest.raises(ValueError, match="stage by stage"):
         Warmup(TopK(0.1)).codec(Layout(("a",), (8,)), torch.float32, torch.device("cpu"))
 

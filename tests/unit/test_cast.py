@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hvd_compress.compressors import Cast, Compressor, Identity, Layout, SummableCodec
+from hvd_compress.compressors import Cast, Combine, Compressor, Identity, Layout, SummableCodec
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -42,9 +42,9 @@ def through_codec(compressor: Compressor, flat: Tensor, layout: Layout = LAYOUT)
 
 
 @pytest.mark.parametrize("compressor", [Identity(), Cast(), Cast(torch.float32)])
-def test_what_they_say_of_themselves(compressor: Compressor) -> None:
-    assert compressor.summable
-    assert compressor.lossless
+def test_properties(compressor: Compressor) -> None:
+    assert compressor.combine is Combine.SUM
+    assert not compressor.is_sparsifier
     assert not summing(compressor, LAYOUT, torch.float32).data_independent
 
 
@@ -63,7 +63,7 @@ def test_identity(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("compressor", [Identity(), Cast(), Cast(torch.float32)])
 def test_a_payload_is_a_copy_of_any_strides(compressor: Compressor) -> None:
-    """Training goes on while it travels."""
+    """A payload must not change when training continues while it is being sent."""
     for view in (lambda v: v, lambda v: v.t(), lambda v: v[:, ::2]):
         v = values((4, 6)).half().float()
         payload = compressor.encode(view(v))
@@ -138,8 +138,8 @@ def test_cast_saturates(dtype: torch.dtype, payload: torch.dtype, numbers: list[
 
 @pytest.mark.parametrize("payload", [torch.float16, torch.float32])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_what_is_no_number_stays_none(dtype: torch.dtype, payload: torch.dtype) -> None:
-    """An infinity would saturate to a number that is sent for ever: it must show."""
+def test_values_that_are_not_finite_stay_so(dtype: torch.dtype, payload: torch.dtype) -> None:
+    """An infinity must not be saturated: its finite value would be sent again at every later step."""
     v = torch.tensor([1.0, math.nan, -2.0, math.inf, -math.inf], dtype=dtype)
     assert torch.isfinite(there_and_back(Cast(payload), v)).tolist() == [True, False, True, False, False]
     flat = torch.tensor([math.nan, -math.inf, *range(11)], dtype=torch.float64)
@@ -152,9 +152,9 @@ def test_an_upward_cast_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("wire_dtype", [torch.float16, torch.float32])
-def test_cast_codec_agrees_with_the_tensors(dtype: torch.dtype, wire_dtype: torch.dtype) -> None:
-    cast, flat, target = Cast(wire_dtype), values((13,), dtype, 1e4), values((13,), dtype, 3.0)
+@pytest.mark.parametrize("payload_dtype", [torch.float16, torch.float32])
+def test_cast_codec_agrees_with_the_tensors(dtype: torch.dtype, payload_dtype: torch.dtype) -> None:
+    cast, flat, target = Cast(payload_dtype), values((13,), dtype, 1e4), values((13,), dtype, 3.0)
     before = flat.clone()
     payload = through_codec(cast, flat)
     assert torch.equal(flat, before)
@@ -162,7 +162,7 @@ def test_cast_codec_agrees_with_the_tensors(dtype: torch.dtype, wire_dtype: torc
     decoded = torch.cat(parts)
 
     codec, added, written = cast.codec(LAYOUT, dtype, CPU), target.clone(), target.clone()
-    assert (codec.dtype, codec.numel) == (wire_dtype, 13)
+    assert (codec.dtype, codec.numel) == (payload_dtype, 13)
     codec.write(payload, written)
     assert torch.equal(written, decoded)
     scattered = [torch.empty_like(part) for part in parts]
@@ -171,7 +171,7 @@ def test_cast_codec_agrees_with_the_tensors(dtype: torch.dtype, wire_dtype: torc
     codec.accumulate(payload, added, 2.0)
     torch.testing.assert_close(added, target + 2.0 * decoded)
 
-    # What was given away leaves exactly the rounding error: nothing is lost.
+    # The residual is exactly the rounding error.
     residual = flat.clone()
     codec.accumulate(payload, residual, -1.0)
     assert torch.equal(residual, flat - decoded)

@@ -1,4 +1,4 @@
-"""What a rank keeps back is what it had less what it sent, and of what is no number, once sent, nothing."""
+"""The residual after an exchange: the vector minus what was sent, and no inf or nan that was sent."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def values(dtype: torch.dtype, seed: int) -> torch.Tensor:
 
 
 def coders(compressor: Compressor, dtype: torch.dtype) -> list[tuple[Any, Any]]:
-    """The codec of a bucket and that of its shards, each with memory for what it writes."""
+    """Return the codec of a bucket and that of its shards, each with memory for its payload."""
     codec, shards = compressor.codec(LAYOUT, dtype, CPU), compressor.sharded(LAYOUT, [0, 16, 40, 50], dtype, CPU)
     assert isinstance(codec, Codec)
     payload, *payloads = (torch.zeros(c.numel, dtype=c.dtype) for c in (codec, *shards.codecs))
@@ -47,7 +47,7 @@ def coders(compressor: Compressor, dtype: torch.dtype) -> list[tuple[Any, Any]]:
 
 @compressors
 @dtypes
-def test_it_is_what_decoding_takes_off(compressor: Compressor, dtype: torch.dtype) -> None:
+def test_subtracting_is_decoding_with_a_negative_sign(compressor: Compressor, dtype: torch.dtype) -> None:
     pairs = coders(compressor, dtype)
     for step in range(4):
         for coder, message in pairs:
@@ -62,9 +62,9 @@ def test_it_is_what_decoding_takes_off(compressor: Compressor, dtype: torch.dtyp
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @compressors
 @dtypes
-def test_what_is_no_number_leaves_when_it_is_sent(compressor: Compressor, dtype: torch.dtype, bad: float) -> None:
+def test_values_that_are_not_finite_do_not_remain(compressor: Compressor, dtype: torch.dtype, bad: float) -> None:
     if getattr(compressor, "sampled", False):
-        pytest.skip("its empty places look like sent ones")
+        pytest.skip("unused slots cannot be told from index 0")
     for coder, message in coders(compressor, dtype):
         flat = values(dtype, 9)
         flat[[3, 45]] = bad
