@@ -21,8 +21,7 @@ import hvd_compress
 from hvd_compress.compressors import Layout
 
 hvd.init()
-strided = hvd_compress.Strided(every=3)
-assert "Strided" in hvd_compress.__all__
+strided = hvd_compress.compressors.Strided(every=3)
 flat, layout = torch.arange(1.0, 14.0), Layout(("a", "b"), (8, 5))
 codec = strided.codec(layout, torch.float32, torch.device("cpu"))
 for step in range(5):
