@@ -268,7 +268,7 @@ def measure(args: argparse.Namespace) -> dict[str, dict[str, str]]:
     """Run every job, with compiled loops and without, and return the lines by job."""
     import tempfile
 
-    from tests.multirank.harness import launch
+    from tests.multirank.support.harness import launch
 
     found: dict[str, dict[str, str]] = {}
     for native in ("1", "0"):

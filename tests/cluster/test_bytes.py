@@ -1,4 +1,4 @@
-"""What stats() tells is what the network interfaces count."""
+"""The bytes that ``stats()`` reports are those that the network interfaces count."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What travels is what the papers' formulas say, counted by the interfaces: `make volume` does it for all methods."""
+"""The interfaces count as many bytes as the papers' formulas say; `make volume` compares all methods."""
 
 from __future__ import annotations
 
@@ -17,6 +17,6 @@ def test_interfaces_count_what_formulas_say() -> None:
     records = volume.measure(3, names, timeout=300)
     assert [record["method"] for record in records] == names
     for record in records:
-        # Headers, and what negotiation sends beside payloads of a few hundred kilobytes.
+        # Headers and negotiation come on top of payloads of a few hundred kilobytes.
         assert 0.99 < record["counted"] / record["formula"] < 1.25, record
         assert record["stats"] == pytest.approx(record["formula"], rel=0.05), record

@@ -17,7 +17,7 @@ from elastic_common import BaseElasticTests  # noqa: E402
 
 
 class ElasticTests(BaseElasticTests, unittest.TestCase):  # type: ignore[misc]
-    """Hosts come and go, ranks die with an exception or are killed: what each epoch logged is compared."""
+    """Tests in which hosts come and go and ranks fail or are killed; they compare the log of each epoch."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(str(Path(__file__).with_name("elastic_script.py")), *args, **kwargs)

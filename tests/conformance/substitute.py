@@ -1,7 +1,7 @@
-"""A pytest plugin: our DistributedOptimizer in the place of Horovod's, with an algorithm chosen from outside.
+"""A pytest plugin that replaces Horovod's DistributedOptimizer by ours, with an algorithm chosen from outside.
 
 The environment variable ``HVD_COMPRESS_ALGORITHM`` is a key of ``ALGORITHMS``; without it Horovod's own class
-stays. How each test ended is noted as job files note their checks, for the harness to read.
+is tested. The end of each test is noted as ranks of job files note their checks, for the harness to read.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from hvd_compress import (
 )
 
 WHOLE_SKETCH = CountSketch(density=1.0, rows=1)
-# Horovod's tests compare models right after a step, so all of these end a step with nothing held back.
+# Horovod's tests compare models right after a step, so all of these have no residual then.
 ALGORITHMS: dict[str, Any] = {
     "dense": Dense(),
     "ef": EF(Identity()),
@@ -53,22 +53,22 @@ BY_MPI = ("sketch-tree", "global-topk")
 
 
 def provide_mock() -> None:
-    """Their helpers import the package that became unittest.mock."""
+    """Provide the package ``mock``, which became unittest.mock, for the helpers of Horovod's tests."""
     sys.modules.setdefault("mock", unittest.mock)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     provide_mock()
-    # It takes matrices only and is younger than the tests, which go through every optimizer of torch.
+    # Horovod's tests try every optimizer of torch; this later one takes matrices only.
     if hasattr(torch.optim, "Muon"):
         torch.optim.Muon.__module__ = "taken.out"
-    # Every test shuts Horovod down and starts it again, where a rank may meet the other's old address and abort.
+    # Every test restarts Horovod, where a rank may connect to another's former address and abort.
     hvd.shutdown = lambda: None
     substitute()
 
 
 def substitute() -> None:
-    """Put our class in the place of Horovod's, if an algorithm was named."""
+    """Replace Horovod's class by ours, if an algorithm was named."""
     name = os.environ.get("HVD_COMPRESS_ALGORITHM")
     if name is None:
         return

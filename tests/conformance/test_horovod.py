@@ -5,17 +5,15 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from pathlib import Path
 from typing import Optional
 
 import pytest
 
 from tests.conformance.substitute import ALGORITHMS, BY_MPI
-from tests.multirank.harness import Outcome, launch
+from tests.multirank.support.harness import Outcome, launch
 
 pytestmark = pytest.mark.full
 
-ROOT = Path(__file__).parents[2]
 CHECKOUT = os.environ.get("HOROVOD_TESTS")
 HOW = (
     "Horovod's tests are not in its releases: git clone --depth 1 --branch v0.28.1 "
@@ -43,17 +41,15 @@ TESTS = (
 
 @functools.cache
 def run(algorithm: Optional[str], ranks: int, launcher: str) -> Outcome:
-    """One job with all of ``TESTS``; ``None`` is Horovod's own class."""
+    """Run one job with all of ``TESTS``; ``None`` is Horovod's own class."""
     files = [f"{CHECKOUT}/parallel/test_torch.py::TorchTests::{test}" for test in TESTS]
-    env = {"PYTHONPATH": str(ROOT)}
-    if algorithm is not None:
-        env["HVD_COMPRESS_ALGORITHM"] = algorithm
+    env = {} if algorithm is None else {"HVD_COMPRESS_ALGORITHM": algorithm}
     options = ["-q", "-p", "tests.conformance.substitute", "-p", "no:cacheprovider"]
     return launch([sys.executable, "-m", "pytest", *options, *files], ranks, launcher, env=env)
 
 
 def failures(outcome: Outcome, test: str) -> list[str]:
-    """What went wrong on each rank where something did; skips the calling test if every rank skipped it."""
+    """Return the failures of each rank that has some; skip the calling test if every rank skipped it."""
     stories = [notes.get(test, "never finished (or never began)") for notes in outcome.notes]
     if all(story.startswith("skipped") for story in stories):
         pytest.skip(stories[0])

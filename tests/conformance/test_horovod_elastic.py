@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import sys
 from pathlib import Path
 from typing import Optional
@@ -11,8 +10,8 @@ from typing import Optional
 import pytest
 
 from tests.conformance.substitute import ALGORITHMS, BY_MPI
-from tests.conformance.test_horovod import CHECKOUT, HOW, ROOT
-from tests.multirank.harness import supervise
+from tests.conformance.test_horovod import CHECKOUT, HOW
+from tests.multirank.support.harness import ROOT, environment, supervise
 
 pytestmark = pytest.mark.full
 
@@ -31,15 +30,8 @@ TIMEOUT = 300.0
 
 @functools.cache
 def failure(algorithm: Optional[str], test: str) -> Optional[str]:
-    """What a failing test printed, or None; ``None`` as the algorithm is Horovod's own class."""
-    binaries = Path(sys.executable).parent
-    env = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "PATH": f"{binaries}:{os.environ['PATH']}",
-        "OMP_NUM_THREADS": "1",
-        **({} if algorithm is None else {"HVD_COMPRESS_ALGORITHM": algorithm}),
-    }
+    """Return the output of a failing test, or None; ``None`` as the algorithm is Horovod's own class."""
+    env = environment(**({} if algorithm is None else {"HVD_COMPRESS_ALGORITHM": algorithm}))
     cases = Path(__file__).with_name("elastic_cases.py")
     line = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{cases}::ElasticTests::{test}"]
     returncode, output = supervise(line, env, TIMEOUT, ROOT)

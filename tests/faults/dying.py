@@ -1,5 +1,7 @@
-"""A job whose last rank dies in the way and at the place given on the command line: in backward, before the step, or
-in it when the first payloads have been launched."""
+"""A job whose last rank dies: in backward, before the step, or in it when the first payloads have been launched.
+
+Arguments: the way ("raise" or "exit"), the place ("backward", "step" or "exchange") and the algorithm.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +10,11 @@ import sys
 
 import horovod.torch as hvd
 import torch
-from common import loss_of, network, wrap
 
 from hvd_compress import DEF, EF, CountSketch, Dense, DistEF, GlobalSketch, GlobalTopK, RandomBlock, TopK
+from tests.multirank.support.internals import first_bucket_state
+from tests.multirank.support.networks import loss_of, network
+from tests.multirank.support.training import wrap
 
 WAY, PLACE, NAME = sys.argv[1:4]
 COMPRESSION = {
@@ -25,6 +29,7 @@ COMPRESSION = {
 
 
 def die() -> None:
+    """End the last rank."""
     if hvd.rank() != hvd.size() - 1:
         return
     print("this rank gives up", flush=True)
@@ -34,6 +39,7 @@ def die() -> None:
 
 
 def main() -> None:
+    """Train for ten steps, if no rank dies."""
     hvd.init()
     model = network()
     optimizer = wrap(model, torch.optim.SGD(model.parameters(), lr=0.1), COMPRESSION)
@@ -46,7 +52,7 @@ def main() -> None:
         if t == 5 and PLACE == "step":
             die()
         if t == 5 and PLACE == "exchange" and hvd.rank() == hvd.size() - 1:
-            optimizer._reducer.states[0].next_round = die
+            first_bucket_state(optimizer).next_round = die
         optimizer.step()
     print("trained to the end", flush=True)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.multirank import harness
+from tests.multirank.support.harness import launch
 
 SCRIPT = str(Path(__file__).parent / "dying.py")
 CASES = [
@@ -34,7 +34,7 @@ CASES = [
 
 @pytest.mark.parametrize(("way", "place", "name", "ranks", "launcher"), CASES)
 def test_job_ends(way: str, place: str, name: str, ranks: int, launcher: str) -> None:
-    outcome = harness.launch([sys.executable, SCRIPT, way, place, name], ranks, launcher, timeout=300)
+    outcome = launch([sys.executable, SCRIPT, way, place, name], ranks, launcher, timeout=300)
     assert outcome.returncode not in (None, 0), f"the job ended with {outcome.returncode}\n{outcome.output}"
     assert "trained to the end" not in outcome.output
     assert "this rank gives up" in outcome.output, outcome.output

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.multirank.harness import HERE, supervise
+from tests.multirank.support.harness import environment, supervise
 
 CASES = [
     ("def", "momentum", 1, 2),
@@ -58,14 +57,7 @@ def test_the_number_of_ranks_changes(name: str, momentum: str, before: int, afte
         momentum,
         f"{before}-{after}",
     ]
-    settings = {
-        **os.environ,
-        "PYTHONPATH": str(HERE),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONUNBUFFERED": "1",
-        "PATH": f"{binaries}:{os.environ['PATH']}",
-    }
-    returncode, output = supervise(command, settings, timeout=300)
+    returncode, output = supervise(command, environment(), timeout=300)
     assert returncode == 0, output
     assert output.count(f"finished on {after} ranks") == after, output
     assert "residual kept" in output, output

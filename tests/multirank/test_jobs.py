@@ -1,27 +1,32 @@
-"""Every check of every job file in ``jobs/``, at every number of ranks it asks for."""
+"""Every case of every check of every job file in ``jobs/``, at every number of ranks that the file asks for."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
-from tests.multirank import harness
+from tests.multirank.support import cases, harness
+from tests.multirank.support.cases import Job
 
-CASES = [
+COLLECTED = harness.collect()
+TESTS = [
     pytest.param(
-        path,
-        ranks,
-        launcher,
-        check,
-        full,
-        id=f"{path.stem}-{check.removeprefix('check_')}-{launcher}{ranks}",
-        marks=[pytest.mark.full] if full else [],
+        job,
+        name,
+        id=f"{job.file}-{name.removeprefix('check_')}-{job.launcher}{job.ranks}",
+        marks=[pytest.mark.full] if marked else [],
     )
-    for path, ranks, launcher, check, full in harness.collect()
+    for job, name, marked in COLLECTED
 ]
 
 
-@pytest.mark.parametrize(("path", "ranks", "launcher", "check", "full"), CASES)
-def test_job(path: Path, ranks: int, launcher: str, check: str, full: bool) -> None:
-    harness.verify(path, ranks, launcher, check, full)
+@pytest.mark.parametrize(("job", "name"), TESTS)
+def test_job(job: Job, name: str) -> None:
+    harness.verify(job, name)
+
+
+@pytest.mark.parametrize("file", harness.files())
+def test_every_check_is_part_of_a_job(file: str) -> None:
+    """Guard against checks that ``@only`` or the numbers of ranks exclude everywhere, and against files without any."""
+    written = set(cases.checks(Job(file, 1, "gloo", False).module()))
+    assert written
+    assert written == {name.partition("[")[0] for job, name, _ in COLLECTED if job.file == file}

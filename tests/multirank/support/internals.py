@@ -1,0 +1,165 @@
+"""Everything that tests read or change behind the public interface: saved states, buckets and exchanges.
+
+A change of the package's private names, or of the layout of ``state_dict()["hvd_compress"]``, is followed here.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import Any, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from hvd_compress import native
+from tests.multirank.support import reference
+
+# -- residuals and shared models, from a saved state ----------------------------------------------------
+
+
+def _section(optimizer: Any) -> dict[str, Any]:
+    """Return our part of ``state_dict()``; its tensors are the optimizer's own."""
+    section: dict[str, Any] = optimizer.state_dict()["hvd_compress"]
+    return section
+
+
+def _vector(buffers: dict[str, Tensor]) -> Tensor:
+    """Return a copy of the reference network's buffers as one vector in the model's order."""
+    return torch.cat([buffers[name].detach().reshape(-1) for name in reference.SHAPES]).clone()
+
+
+def residual_by_name(optimizer: Any) -> dict[str, Tensor]:
+    """Return this rank's residual as a worker, by parameters' names; empty if the algorithm has none."""
+    found: dict[str, Tensor] = _section(optimizer)["buffers"].get("residual", {})
+    return found
+
+
+def residual(optimizer: Any) -> Tensor:
+    """Return this rank's residual as a worker as one vector, in the state's units."""
+    return _vector(residual_by_name(optimizer))
+
+
+def gradient_residual(optimizer: Any) -> Tensor:
+    """Return the residual of an algorithm that exchanges gradients as one vector, in gradient units."""
+    scalars = _section(optimizer)["scalars"]
+    return _vector({name: v / scalars[name]["unit"] for name, v in residual_by_name(optimizer).items()})
+
+
+def residuals(optimizer: Any) -> Tensor:
+    """Return all that this rank has not sent yet, as a worker and as a server, as one vector."""
+    buffers = _section(optimizer)["buffers"]
+    kinds = [buffers.get(kind, {}) for kind in ("residual", "server")]
+    found = [kind[name] for kind in kinds for name in reference.SHAPES if name in kind]
+    return torch.cat([tensor.detach().reshape(-1) for tensor in found]).clone()
+
+
+def pending_update_share(model: nn.Module, optimizer: Any, ranks: int) -> Tensor:
+    """Return this rank's share of the pending update, as worker and server; the sum over ranks is all of it.
+
+    In units of updates or gradients, whichever the algorithm exchanges.
+    """
+    section = _section(optimizer)
+    buffers = section["buffers"]
+    parts = []
+    for name, p in model.named_parameters():
+        part = torch.zeros(p.numel())
+        if "residual" in buffers:
+            part += buffers["residual"][name].reshape(-1) / ranks
+        if "server" in buffers:
+            begin = section["begins"][name]
+            values = buffers["server"][name].reshape(-1)
+            part[begin : begin + values.numel()] += values
+        parts.append(part)
+    return torch.cat(parts)
+
+
+def shared_copy(optimizer: Any) -> Tensor:
+    """Return the optimizer's copy of the shared model as one vector."""
+    return _vector(_section(optimizer)["buffers"]["shared"])
+
+
+def shared_parameter(optimizer: Any, name: str) -> Tensor:
+    """Return the optimizer's own tensor with the shared value of one parameter; a test may spoil it."""
+    found: Tensor = _section(optimizer)["buffers"]["shared"][name]
+    return found
+
+
+def step_count(optimizer: Any) -> int:
+    """Return the number of exchanges so far."""
+    count: int = _section(optimizer)["step"]
+    return count
+
+
+def local_steps_done(optimizer: Any) -> int:
+    """Return the number of local steps since the last exchange."""
+    count: int = _section(optimizer)["local_steps_done"]
+    return count
+
+
+# -- changes of a saved state ------------------------------------------------------------------------------
+
+
+def set_step_count(state: dict[str, Any], count: int) -> None:
+    """Let a state be of another step."""
+    state["hvd_compress"]["step"] = count
+
+
+def set_format(state: dict[str, Any], number: int) -> None:
+    """Let a state be of another format."""
+    state["hvd_compress"]["format"] = number
+
+
+def add_a_rank(state: dict[str, Any]) -> None:
+    """Let a state be of a job with one rank more."""
+    state["hvd_compress"]["size"] += 1
+
+
+def set_residual(state: dict[str, Any], name: str, value: Tensor) -> None:
+    """Let a state have another residual of one parameter."""
+    state["hvd_compress"]["buffers"]["residual"][name] = value
+
+
+# -- buckets and exchanges ---------------------------------------------------------------------------------
+
+
+def first_bucket_state(optimizer: Any) -> Any:
+    """Return the algorithm's state of the first bucket."""
+    return optimizer._reducer.states[0]
+
+
+def first_exchange(optimizer: Any) -> Any:
+    """Return the exchange of the first bucket."""
+    return first_bucket_state(optimizer)._exchange
+
+
+def buckets(optimizer: Any) -> list[set[str]]:
+    """Return the names of the parameters in each bucket."""
+    return [set(state.bucket.layout.names) for state in optimizer._reducer.states]
+
+
+def message_lengths(optimizer: Any) -> tuple[list[int], list[int]]:
+    """Return DistEF's bytes per message to each rank's shard, and from it."""
+    exchange = first_exchange(optimizer)
+    return exchange._sent.lengths, exchange._answers.lengths
+
+
+@contextmanager
+def failing_exchange(optimizer: Any, error: Exception) -> Iterator[None]:
+    """Let the exchange of the first bucket raise ``error`` as soon as it is complete."""
+    exchange = first_exchange(optimizer)
+    wait = exchange.wait
+
+    def fails() -> None:
+        wait()
+        raise error
+
+    exchange.wait = fails
+    try:
+        yield
+    finally:
+        del exchange.wait
+
+
+def compiled_loops_apply(vector: Tensor) -> bool:
+    """Return True if updates of such a vector are computed by the compiled loops."""
+    return native.applies(vector, vector, vector)
