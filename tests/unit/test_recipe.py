@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.multirank.harness import launch
+from tests.multirank.support.harness import launch
 
 ROOT = Path(__file__).resolve().parents[2]
 TRIAL = """

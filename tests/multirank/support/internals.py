@@ -23,6 +23,14 @@ def _section(optimizer: Any) -> dict[str, Any]:
     return section
 
 
+def _by_name(optimizer: Any, kind: str) -> dict[str, Tensor]:
+    """Return the buffers of one kind by parameters' names; empty if the algorithm has none."""
+    found: dict[str, Tensor] = {}
+    for bucket in _section(optimizer)["buckets"]:
+        found.update(zip(bucket["names"], bucket["state"]["buffers"].get(kind, ())))
+    return found
+
+
 def _vector(buffers: dict[str, Tensor]) -> Tensor:
     """Return a copy of the reference network's buffers as one vector in the model's order."""
     return torch.cat([buffers[name].detach().reshape(-1) for name in reference.SHAPES]).clone()
@@ -30,8 +38,7 @@ def _vector(buffers: dict[str, Tensor]) -> Tensor:
 
 def residual_by_name(optimizer: Any) -> dict[str, Tensor]:
     """Return this rank's residual as a worker, by parameters' names; empty if the algorithm has none."""
-    found: dict[str, Tensor] = _section(optimizer)["buffers"].get("residual", {})
-    return found
+    return _by_name(optimizer, "residual")
 
 
 def residual(optimizer: Any) -> Tensor:
@@ -41,14 +48,12 @@ def residual(optimizer: Any) -> Tensor:
 
 def gradient_residual(optimizer: Any) -> Tensor:
     """Return the residual of an algorithm that exchanges gradients as one vector, in gradient units."""
-    scalars = _section(optimizer)["scalars"]
-    return _vector({name: v / scalars[name]["unit"] for name, v in residual_by_name(optimizer).items()})
+    return residual(optimizer)
 
 
 def residuals(optimizer: Any) -> Tensor:
     """Return all that this rank has not sent yet, as a worker and as a server, as one vector."""
-    buffers = _section(optimizer)["buffers"]
-    kinds = [buffers.get(kind, {}) for kind in ("residual", "server")]
+    kinds = [_by_name(optimizer, kind) for kind in ("residual", "server")]
     found = [kind[name] for kind in kinds for name in reference.SHAPES if name in kind]
     return torch.cat([tensor.detach().reshape(-1) for tensor in found]).clone()
 
@@ -58,30 +63,32 @@ def pending_update_share(model: nn.Module, optimizer: Any, ranks: int) -> Tensor
 
     In units of updates or gradients, whichever the algorithm exchanges.
     """
-    section = _section(optimizer)
-    buffers = section["buffers"]
+    worker, server = _by_name(optimizer, "residual"), _by_name(optimizer, "server")
+    begins = {
+        name: begin
+        for bucket in _section(optimizer)["buckets"]
+        for name, begin in zip(bucket["names"], bucket["state"].get("begins", ()))
+    }
     parts = []
     for name, p in model.named_parameters():
         part = torch.zeros(p.numel())
-        if "residual" in buffers:
-            part += buffers["residual"][name].reshape(-1) / ranks
-        if "server" in buffers:
-            begin = section["begins"][name]
-            values = buffers["server"][name].reshape(-1)
-            part[begin : begin + values.numel()] += values
+        if name in worker:
+            part += worker[name].reshape(-1) / ranks
+        if name in server:
+            values = server[name].reshape(-1)
+            part[begins[name] : begins[name] + values.numel()] += values
         parts.append(part)
     return torch.cat(parts)
 
 
 def shared_copy(optimizer: Any) -> Tensor:
     """Return the optimizer's copy of the shared model as one vector."""
-    return _vector(_section(optimizer)["buffers"]["shared"])
+    return _vector(_by_name(optimizer, "shared"))
 
 
 def shared_parameter(optimizer: Any, name: str) -> Tensor:
     """Return the optimizer's own tensor with the shared value of one parameter; a test may spoil it."""
-    found: Tensor = _section(optimizer)["buffers"]["shared"][name]
-    return found
+    return _by_name(optimizer, "shared")[name]
 
 
 def step_count(optimizer: Any) -> int:
@@ -116,7 +123,9 @@ def add_a_rank(state: dict[str, Any]) -> None:
 
 def set_residual(state: dict[str, Any], name: str, value: Tensor) -> None:
     """Let a state have another residual of one parameter."""
-    state["hvd_compress"]["buffers"]["residual"][name] = value
+    for bucket in state["hvd_compress"]["buckets"]:
+        if name in bucket["names"]:
+            bucket["state"]["buffers"]["residual"][bucket["names"].index(name)] = value
 
 
 # -- buckets and exchanges ---------------------------------------------------------------------------------
@@ -129,7 +138,8 @@ def first_bucket_state(optimizer: Any) -> Any:
 
 def first_exchange(optimizer: Any) -> Any:
     """Return the exchange of the first bucket."""
-    return first_bucket_state(optimizer)._exchange
+    state = first_bucket_state(optimizer)
+    return state.exchange if hasattr(state, "exchange") else state._exchange
 
 
 def buckets(optimizer: Any) -> list[set[str]]:

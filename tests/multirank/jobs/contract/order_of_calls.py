@@ -16,9 +16,10 @@ import torch
 
 import hvd_compress
 from hvd_compress import DEF, EF, DistEF, RandomBlock
+from tests.multirank.support.cases import cases
 
 RANKS = (2,)
-PAGE = Path(__file__).resolve().parents[3] / "docs" / "architecture.md"
+PAGE = Path(__file__).resolve().parents[4] / "docs" / "architecture.md"
 STEPS = {
     "EF": EF(RandomBlock(density=0.5)),
     "DEF": DEF(RandomBlock(density=0.5)),
@@ -75,15 +76,9 @@ def calls_of_a_step(algorithm: Any, wanted: set[str]) -> list[str]:
     return calls
 
 
-def check_the_order_of_calls_is_the_pages() -> None:
-    for name, algorithm in STEPS.items():
-        expected = listed(name)
-        assert len(expected) > 10, f"{PAGE.name} lists too little of {name}"
-        calls = calls_of_a_step(algorithm, set(expected))
-        assert calls == expected, "\n".join([f"{name}: the page, then the calls", *expected, "--", *calls])
-
-
-if __name__ == "__main__":
-    import harness
-
-    harness.main(globals())
+@cases(*STEPS)
+def check_the_order_of_calls_is_the_pages(name: str) -> None:
+    expected = listed(name)
+    assert len(expected) > 10, f"{PAGE.name} lists too little of {name}"
+    calls = calls_of_a_step(STEPS[name], set(expected))
+    assert calls == expected, "\n".join([f"{name}: the page, then the calls", *expected, "--", *calls])
