@@ -40,12 +40,14 @@ class SavedParameter(NamedTuple):
             rate is not known (gradients of Adam, residuals that are not rescaled).
         shared: the shared model, or None if the parameters held it.
         local: this rank's own point, or None if the parameters held it.
+        coefficient: where that point was: local = shared - coefficient * residual.
     """
 
     pending: Optional[Tensor] = None
     lr: Optional[float] = None
     shared: Optional[Tensor] = None
     local: Optional[Tensor] = None
+    coefficient: float = 0.0
 
 
 class BucketState(abc.ABC):
@@ -130,24 +132,10 @@ class BucketState(abc.ABC):
         """Continue an exchange of several rounds; called once all buckets have started."""
 
 
-def require_same_shape(name: str, saved: Tensor, present: Tensor) -> None:
-    """Raise ValueError if a saved tensor of parameter ``name`` has another shape than the present one."""
-    if saved.shape != present.shape:
-        raise ValueError(
-            f"load_state_dict: parameter {name!r} has shape {tuple(saved.shape)} in the saved state and "
-            f"{tuple(present.shape)} here; load a state of the same model"
-        )
-
-
 def add_to_views(buffer: FlatBuffer, names: Sequence[str], pending: Mapping[str, tuple[Tensor, float]]) -> set[str]:
-    """Add ``factor * value`` to the views of the parameters that are in ``pending``; return their names.
-
-    Raises:
-        ValueError: if a saved value has another shape than its parameter.
-    """
+    """Add ``factor * value`` to the views of the parameters that are in ``pending``; return their names."""
     found = [(name, view) for name, view in zip(names, buffer.views) if name in pending]
     for name, view in found:
         value, factor = pending[name]
-        require_same_shape(name, value, view)
         view.add_(value.to(view.device, view.dtype), alpha=factor)
     return {name for name, _ in found}

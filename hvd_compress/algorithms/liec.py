@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hvd_compress import validation
 from hvd_compress.algorithms.base import GradientAlgorithm, payload_limit, require_combining, require_constant
-from hvd_compress.algorithms.bucket_state import Rate, SavedParameter, require_same_shape
+from hvd_compress.algorithms.bucket_state import Rate, SavedParameter
 from hvd_compress.algorithms.gradient_state import GradientState
 from hvd_compress.bucket import Bucket, FlatBuffer
 from hvd_compress.comm.communicator import Communicator
@@ -225,7 +225,6 @@ class _LIECState(GradientState):
         for name, view in zip(self.bucket.layout.names, self._local.views):
             part = parts.get(name, SavedParameter())
             if own and part.shared is None and part.local is not None:
-                require_same_shape(name, part.local, view)
                 view.copy_(part.local)
         return taken
 

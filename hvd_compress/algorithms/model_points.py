@@ -79,7 +79,7 @@ class ModelPoints:
             self.write_local_point()
             torch._foreach_copy_([self.local.views[i] for i in kept], [before.views[i] for i in kept])
 
-    def restore_point(self, found: Tensor, saved_point: Tensor) -> None:
+    def restore_point(self, found: Tensor, saved_point: Tensor) -> bool:
         """Decide where the model is, once x and e have been restored.
 
         Parameters that are neither the restored shared model nor this rank's saved point are a model that the user has
@@ -88,12 +88,16 @@ class ModelPoints:
         Args:
             found: the flat parameters as the user left them.
             saved_point: this rank's own point as it was saved, flat.
+
+        Returns:
+            True if the model is the restored one, False if it is the user's.
         """
         if not found.numel():
-            return
+            return True
         # Another build or device may round the last bit of a rank's own point differently.
         slack = 8 * torch.finfo(found.dtype).eps * self.shared.flat.abs().max()
         if any(bool((found - point).abs().max() <= slack) for point in (saved_point, self.shared.flat)):
-            return
+            return True
         self.local.flat.copy_(found)
         self.set_shared_from_params()
+        return False

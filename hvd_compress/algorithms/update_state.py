@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Mapping, Optional, Union
+from typing import Any, Mapping, Optional, Union, cast
 
 import torch
 from torch import Tensor
 
-from hvd_compress.algorithms.bucket_state import BucketState, SavedParameter, add_to_views, require_same_shape
+from hvd_compress.algorithms.bucket_state import BucketState, SavedParameter, add_to_views
 from hvd_compress.algorithms.model_points import ModelPoints
 from hvd_compress.algorithms.momentum_masking import MomentumMask
 from hvd_compress.algorithms.residual_update import Coefficient
@@ -157,21 +157,26 @@ class UpdateState(BucketState):
             self.points.restore_point(found, self.points.local.flat)
 
     def restore(self, parts: Mapping[str, SavedParameter], own: bool) -> set[str]:
-        names, found = self.bucket.layout.names, self.points.local.flat.clone()
-        known = all(name in parts and parts[name].shared is not None for name in names)
+        names, points = self.bucket.layout.names, self.points
+        found = points.local.flat.clone()
         self.clear_residual()
-        self.has_unsent_local_steps, self.points.coefficient = False, 0.0
-        if known:
+        self.has_unsent_local_steps, points.coefficient = False, 0.0
+        restored = all(name in parts and parts[name].shared is not None for name in names)
+        if restored:
             saved_point = self.bucket.flat_buffer(self.bucket.dtype)
-            for name, x, z in zip(names, self.points.shared.views, saved_point.views):
-                _copy(name, parts[name].shared, x)
-                _copy(name, parts[name].local, z)
-            self.points.write_local_point()
-            self.points.restore_point(found, saved_point.flat)
+            for name, x, z in zip(names, points.shared.views, saved_point.views):
+                x.copy_(cast(Tensor, parts[name].shared))
+                z.copy_(cast(Tensor, parts[name].local))
+            points.write_local_point()
+            restored = points.restore_point(found, saved_point.flat)
         else:
-            self.points.set_shared_from_params()
+            points.set_shared_from_params()
         pending = {n: (p.pending, p.lr) for n, p in parts.items() if own and p.pending is not None and p.lr is not None}
-        return add_to_views(self.points.residual, names, pending)
+        taken = add_to_views(points.residual, names, pending)
+        if restored and len({parts[name].coefficient for name in names}) == 1:
+            points.coefficient = parts[names[0]].coefficient
+            points.write_local_point()
+        return taken
 
     def reset_from_parameters(self) -> None:
         self.bucket.ensure_params_in(self.points.local)
@@ -185,11 +190,3 @@ class UpdateState(BucketState):
         self.points.restore_point(found, self.points.local.flat)
         self.clear_residual()
         self.points.write_local_point()
-
-
-def _copy(name: str, source: Optional[Tensor], target: Tensor) -> None:
-    """Copy a saved tensor of parameter ``name``, if there is one."""
-    if source is not None:
-        require_same_shape(name, source, target)
-        with torch.no_grad():
-            target.copy_(source)

@@ -48,8 +48,10 @@ class OptimizerCheckpoint:
         if not reducer.comm.member or not state["param_groups"]:
             return state
         ours = self.save_buffers() if self._pending_state is None else dict(self._pending_state)
-        # What a broadcast has brought is already true, although it is taken over only at the next step.
-        ours.update(reducer.optimizer.param_groups[0].get(KEY, {}))
+        # A broadcast counts at once, although it is taken over only at the next step.
+        if (brought := reducer.optimizer.param_groups[0].get(KEY)) is not None:
+            ours.update(step=brought["step"], local_steps_done=brought["local_steps_done"])
+            ours["buckets"] = [_with_numbers(bucket, brought["buckets"]) for bucket in ours["buckets"]]
         shared = {
             "step": ours["step"],
             "local_steps_done": ours["local_steps_done"],
@@ -146,21 +148,21 @@ class OptimizerCheckpoint:
             return
         reducer.step, reducer.local_steps_done = shared["step"], shared["local_steps_done"]
         for state in reducer.states:
-            identity = self._identity(state)
-            for bucket in shared["buckets"]:
-                if {k: bucket[k] for k in identity} == identity:
-                    state.load_state_dict(bucket["state"])
+            bucket = _find(self._identity(state), shared["buckets"])
+            if bucket is not None:
+                state.load_state_dict(bucket["state"])
 
     # -- the two rules -----------------------------------------------------------------------------------
 
     def _restore(self, states: Sequence[State], saved: Mapping[str, Any]) -> None:
         comm = self._reducer.comm
+        _require_same_shapes(states, saved["buckets"])
         own = self._is_own(saved)
         same_place = (saved["rank"], saved["size"]) == (comm.rank, comm.size)
         parts = {name: part for bucket in saved["buckets"] for name, part in _parts(bucket, comm.size).items()}
         taken: set[str] = set()
         for state in states:
-            same = next((b for b in saved["buckets"] if own and same_place and self._is_same(b, state)), None)
+            same = _find(self._identity(state), saved["buckets"]) if own and same_place else None
             if same is not None:
                 state.load_state_dict(same["state"])
                 taken.update(same["names"])
@@ -189,17 +191,6 @@ class OptimizerCheckpoint:
             )
         return False
 
-    def _is_same(self, bucket: Mapping[str, Any], state: State) -> bool:
-        identity = self._identity(state)
-        if {k: bucket[k] for k in identity} != identity:
-            return False
-        present = state.state_dict()["buffers"]
-        return all(
-            [view.shape for view in views] == [view.shape for view in present[kind]]
-            for kind, views in bucket["state"]["buffers"].items()
-            if kind in present
-        )
-
     def _warn_of_losses(self, parts: Mapping[str, SavedParameter], taken: set[str]) -> None:
         """Warn if a pending update was saved that no residual here has taken."""
         lost = sorted(n for n, p in parts.items() if n not in taken and p.pending is not None and bool(p.pending.any()))
@@ -211,6 +202,30 @@ class OptimizerCheckpoint:
                 "saving a state that is to be loaded so",
                 stacklevel=5,
             )
+
+
+def _find(identity: Mapping[str, Any], buckets: Sequence[Mapping[str, Any]]) -> Optional[Mapping[str, Any]]:
+    """Return the saved bucket of this algorithm and these parameters, or None."""
+    return next((bucket for bucket in buckets if all(bucket[k] == v for k, v in identity.items())), None)
+
+
+def _require_same_shapes(states: Sequence[State], buckets: Sequence[Mapping[str, Any]]) -> None:
+    """Raise ValueError, before anything changes, if a parameter has another shape in the saved state."""
+    shapes = {n: p.shape for state in states for n, p in zip(state.bucket.layout.names, state.bucket.parameters)}
+    for bucket in buckets:
+        for kind in {"shared", "local", "residual", "carried"} & set(bucket["state"]["buffers"]):
+            for name, view in zip(bucket["names"], bucket["state"]["buffers"][kind]):
+                if view.shape != shapes.get(name, view.shape):
+                    raise ValueError(
+                        f"load_state_dict: {kind} of parameter {name!r} has shape {tuple(view.shape)} in the saved "
+                        f"state and {tuple(shapes[name])} here; load a state of the same model"
+                    )
+
+
+def _with_numbers(bucket: Mapping[str, Any], brought: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return a bucket with the numbers that a broadcast has brought for it."""
+    found = _find({"algorithm": bucket["algorithm"], "names": bucket["names"]}, brought)
+    return dict(bucket) if found is None else {**bucket, "state": {**bucket["state"], **found["state"]}}
 
 
 def _numbers(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -249,5 +264,6 @@ def _parts(bucket: Mapping[str, Any], ranks: int) -> dict[str, SavedParameter]:
                 pending.add_(placed.to(pending.dtype).sub_(local))
             else:
                 local = placed
-        found[name] = SavedParameter(pending, 1.0 if of_updates else state.get("residual_lr"), shared, local)
+        lr = 1.0 if of_updates else state.get("residual_lr")
+        found[name] = SavedParameter(pending, lr, shared, local, state.get("local_coefficient", 0.0))
     return found

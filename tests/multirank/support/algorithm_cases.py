@@ -87,7 +87,7 @@ def exchanges_updates(compression: Any) -> bool:
 
 def allreduces_only(compression: Any) -> bool:
     """Return True if an algorithm needs no other collective than allreduce."""
-    return not compression.gathers
+    return bool(compression.allreduce_only)
 
 
 def has_local_models(compression: Any) -> bool:
