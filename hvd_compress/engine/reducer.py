@@ -122,7 +122,7 @@ class Reducer(abc.ABC):
         """Cut buckets for tracked parameters that have none and allocate the algorithm's buffers."""
         if self._built or not self.comm.member:
             return
-        new = self._partition.extend(self.tracker.entries())
+        new = self._partition.extend(self.tracker.tracked_entries())
         self._built = True
         self.recorder.exclude_bytes()  # what ranks had to agree on first was for no exchange
         if new:

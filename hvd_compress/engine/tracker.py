@@ -72,11 +72,14 @@ class ParameterTracker:
         return None if self.fired and not self.scaled else self.scaler
 
     def entries(self) -> Iterator[ParamEntry]:
-        """Yield the tracked parameters in the optimizer's order."""
+        """Yield all parameters in the optimizer's order, also those without a gradient."""
         for index, group in enumerate(self.optimizer.param_groups):
             for parameter in group["params"]:
-                if parameter in self._passes_left:
-                    yield ParamEntry(parameter, self.names[parameter], index)
+                yield ParamEntry(parameter, self.names[parameter], index)
+
+    def tracked_entries(self) -> Iterator[ParamEntry]:
+        """Yield the tracked parameters in the optimizer's order."""
+        return (entry for entry in self.entries() if entry.parameter in self._passes_left)
 
     def track(self) -> bool:
         """Register hooks on parameters that require a gradient and have none yet; return whether there were any."""

@@ -88,6 +88,16 @@ class OptimizerCheckpoint:
 
     # -- loading -----------------------------------------------------------------------------------------
 
+    def require_format(self, state: Mapping[str, Any]) -> None:
+        """Raise ValueError, before anything changes, if ``state`` was saved by a version with another format."""
+        comm, saved = self._reducer.comm, state.get(KEY)
+        if comm.member and saved is not None and saved["format"] != FORMAT:
+            raise ValueError(
+                f"load_state_dict: the state has format {saved['format']!r} of hvd_compress, and this version reads "
+                f"{FORMAT} (rank {comm.rank}). Load it with the version that wrote it, call optimizer.flush() on all "
+                f"ranks, and save the model and the state without its entry {KEY!r}"
+            )
+
     def to_torch_state(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """Return ``state`` as the wrapped optimizer knows it, without what is ours."""
         plain = {k: v for k, v in state.items() if k != KEY}
@@ -103,17 +113,11 @@ class OptimizerCheckpoint:
         """Restore ``saved`` (what ``add_to_state`` put under "hvd_compress"); None empties all residuals.
 
         Raises:
-            ValueError: if the state has another format, or is of a model with other shapes.
+            ValueError: if the state is of a model with other shapes.
         """
         reducer = self._reducer
         if not reducer.comm.member:
             return
-        if saved is not None and saved["format"] != FORMAT:
-            raise ValueError(
-                f"load_state_dict: the state has format {saved['format']!r} of hvd_compress, and this version reads "
-                f"{FORMAT} (rank {reducer.comm.rank}). Load it with the version that wrote it, call optimizer.flush() "
-                f"on all ranks, and save the model and the state without its entry {KEY!r}"
-            )
         self._pending_state = None
         if saved is None:
             reducer.local_steps_done = 0
@@ -159,22 +163,26 @@ class OptimizerCheckpoint:
         _require_same_shapes(states, saved["buckets"])
         own = self._is_own(saved)
         same_place = (saved["rank"], saved["size"]) == (comm.rank, comm.size)
-        parts = {name: part for bucket in saved["buckets"] for name, part in _parts(bucket, comm.size).items()}
-        taken: set[str] = set()
+        others, remaining = list(saved["buckets"]), []
         for state in states:
-            same = _find(self._identity(state), saved["buckets"]) if own and same_place else None
-            if same is not None:
+            same = _find(self._identity(state), others) if own and same_place else None
+            if same is None:
+                remaining.append(state)
+            else:
                 state.load_state_dict(same["state"])
-                taken.update(same["names"])
-                continue
-            of_gradients = isinstance(state, GradientState) and scale_free(self._reducer.optimizer)
-            usable = {
-                name: part._replace(pending=None) if of_gradients and part.lr is not None else part
-                for name, part in parts.items()
-            }
-            taken |= state.restore(usable, own)
+                others = [bucket for bucket in others if bucket is not same]
+        parts = {name: part for bucket in others for name, part in _parts(bucket, comm.size).items()}
+        taken: set[str] = set()
+        for state in remaining:
+            taken |= state.restore(self._usable_by(state, parts), own)
         if own:
             self._warn_of_losses(parts, taken)
+
+    def _usable_by(self, state: State, parts: Mapping[str, SavedParameter]) -> Mapping[str, SavedParameter]:
+        """Return ``parts``, without pending updates that cannot be gradients again (of Adam and its kin)."""
+        if not isinstance(state, GradientState) or not scale_free(self._reducer.optimizer):
+            return parts
+        return {name: part if part.lr is None else part._replace(pending=None) for name, part in parts.items()}
 
     def _is_own(self, saved: Mapping[str, Any]) -> bool:
         """Return whether the saved residual is this rank's own; warn with the remedy if not, and there is one."""

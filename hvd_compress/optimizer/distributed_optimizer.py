@@ -291,6 +291,7 @@ class _DistributedOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a ``state_dict()`` of this rank; a plain torch state empties the residuals."""
         self._consensus.forbid("load_state_dict()")
+        self._checkpoint.require_format(state_dict)
         self._synchronized, self._should_synchronize, self._scaled_step.overflowed = False, True, False
         self._reducer.set_passes(self._reducer.tracker.passes)
         self._hvd_base.load_state_dict(self, self._checkpoint.to_torch_state(state_dict))

@@ -35,7 +35,7 @@ def check_global_sketch(exchange: str, masking: bool) -> None:
 
 @cases(rescale=(True, False))
 def check_global_sketch_beside_dense_vectors(rescale: bool) -> None:
-    """K follows from the size of the sketch, and a change of the learning rate changes residuals unless rescaled."""
+    """The number k follows from the size of the sketch; a change of rate changes residuals unless rescaled."""
     sketch = CountSketch(density=0.5, rows=3, seed=4)
     names = tuple(name for name in maps.ORDER if len(reference.SHAPES[name]) > 1)
     k = sketch.width(sum(maps.SIZES[name] for name in names)) // 2

@@ -147,7 +147,7 @@ def check_parameters_broadcast_in_mid_training_become_the_model(compression: Any
 @several_ranks
 @cases(compression=SHARING, layers=((0,), (2,), (0, 2)))
 def check_different_changes_are_part_of_updates(compression: Any, layers: tuple[int, ...]) -> None:
-    """X does not change, and the virtual iterate moves by the mean of the ranks' changes."""
+    """The shared model does not change, and the virtual iterate moves by the mean of the ranks' changes."""
     what = f"{compression}, layers {layers}"
     model, optimizer = trained(compression, torch.float64)
     x, y, point = shared_model(model, optimizer), virtual_iterate(model, optimizer), flat(model)
