@@ -109,7 +109,7 @@ def check_flush_adds_residuals_to_the_model(compression: Any) -> None:
 
 
 def check_local_steps_move_the_virtual_iterate() -> None:
-    """The virtual iterate moves by the mean of the local steps, also between exchanges, and flush() loses none of them."""
+    """The virtual iterate moves by the mean of the local steps, also between exchanges; flush() loses none of them."""
     model, optimizer = make(DEF(BLOCK, 0.3, local_steps=3), torch.float64, momentum=0.0)
     for t in range(8):
         before, start = flat(model), virtual_iterate(model, optimizer)
