@@ -34,7 +34,7 @@ WRONG: list[tuple[Any, str, Any]] = [
     *((DEF, "local_steps", v) for v in (*NOT_INTEGERS, 0, -3)),
     *((EF, "rescale_residual", v) for v in (0, 1, None, "yes")),
     *((DEF, "rescale_residual", v) for v in (0, 1, None, "yes")),
-    *((Dense, "payload", v) for v in (BLOCK, None, torch.float16, "fp16", Compression.fp16)),
+    *((Dense, "compressor", v) for v in (BLOCK, None, torch.float16, "fp16", Compression.fp16)),
 ]
 
 RIGHT: list[tuple[Any, dict[str, Any]]] = [
@@ -53,7 +53,7 @@ RIGHT: list[tuple[Any, dict[str, Any]]] = [
     (Cast, {}),
     (Cast, {"dtype": torch.float32}),
     (Dense, {}),
-    (Dense, {"payload": Cast()}),
+    (Dense, {"compressor": Cast()}),
     (EF, {"compressor": BLOCK}),
     (EF, {"compressor": Identity(), "rescale_residual": False}),
     (DEF, {"compressor": BLOCK}),
@@ -168,3 +168,13 @@ def test_compressors_that_an_algorithm_cannot_use_are_refused_with_the_reason() 
     with pytest.raises(ValueError, match=r"DEF: coefficient='auto' is not allowed with compressor=.*Joint"):
         DEF(Joint(), "auto")
     assert require_combining("EF", "compressor", BLOCK, (Combine.SUM,)) is BLOCK
+
+
+def test_the_former_name_of_denses_compressor_works_with_a_warning() -> None:
+    with pytest.warns(DeprecationWarning, match=r"Dense\(compressor=\.\.\.\)"):
+        former = Dense(wire=Cast())
+    assert former == Dense(compressor=Cast())
+    with pytest.warns(DeprecationWarning, match=r"Dense\.compressor"):
+        assert former.wire == Cast()
+    with pytest.warns(DeprecationWarning, match="now"), pytest.raises(ValueError, match="compressor=RandomBlock"):
+        Dense(wire=BLOCK)
