@@ -141,7 +141,7 @@ ROOMS = {
     "telemetry": "figures",
     "validation": "checks of user-given values",
 }
-# Compressors stand beside the network, not on it.
+# Compressors know nothing of the network.
 FORBIDDEN = {"compressors": {"comm", "telemetry"}}
 OUTSIDE = {"horovod": "comm/communicator.py", "mpi4py": "comm/mpi_tree.py"}
 

@@ -101,9 +101,9 @@ def test_the_formula_to_rounding(size: int, state: torch.dtype, dtype: torch.dty
     x64, e64, z64 = wide(x), wide(e), wide(z)
     ResidualUpdate(x, e, z).apply(placed, coefficient, decay)
 
-    # The point z stood at was rounded to z's dtype, and so it must be when it is recomputed.
-    stood = wide((x64 - placed * e64).to(state).to(dtype))
-    expected = decay * e64 + (stood - z64)
+    # The point at which z was placed was rounded to z's dtype, and so it must be when it is recomputed.
+    expected_z = wide((x64 - placed * e64).to(state).to(dtype))
+    expected = decay * e64 + (expected_z - z64)
     error = (wide(e) - expected).abs()
     # float32 and float64 may round to different sides of a tie between two values of a narrower z.
     exact = error <= 80 * torch.finfo(state).eps
@@ -174,7 +174,7 @@ def test_a_step_that_subtracts_nothing_leaves_every_bit(
 
 
 def test_a_changing_coefficient_moves_z_but_not_e() -> None:
-    """With coefficient="auto" the parameters stand at another place after each step."""
+    """With coefficient="auto" the parameters are placed elsewhere after each step."""
     n = TILE + 9
     x, e, z = normal(n, torch.float32, 0), normal(n, torch.float32, 1), torch.empty(n)
     update, before, placed = ResidualUpdate(x, e, z), e.clone(), 0.3
