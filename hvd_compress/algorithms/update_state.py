@@ -44,7 +44,7 @@ class UpdateState(BucketState):
         rescale: bool = True,
         masking: bool = False,
     ) -> None:
-        self.bucket, self.context, self._rescale = bucket, context, rescale
+        self.bucket, self._rescale = bucket, rescale
         self._schedule, self.exchange = exchange, exchange.at(0)
         self.points = ModelPoints(bucket)
         self._momentum = MomentumMask(bucket, context) if masking else None
