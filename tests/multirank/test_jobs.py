@@ -27,6 +27,7 @@ def test_job(job: Job, name: str) -> None:
 @pytest.mark.parametrize("file", harness.files())
 def test_every_check_is_part_of_a_job(file: str) -> None:
     """Guard against checks that ``@only`` or the numbers of ranks exclude everywhere, and against files without any."""
-    written = set(cases.checks(Job(file, 1, "gloo", False).module()))
+    written = cases.checks(Job(file, 1, "gloo", False).module())
     assert written
-    assert written == {name.partition("[")[0] for job, name, _ in COLLECTED if job.file == file}
+    possible = {name for name, check in written.items() if not cases.is_missing(check)}
+    assert possible == {name.partition("[")[0] for job, name, _ in COLLECTED if job.file == file}

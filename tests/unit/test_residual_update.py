@@ -244,7 +244,7 @@ def test_nor_on_the_instruction_set() -> None:
     env = {**os.environ, "ATEN_CPU_CAPABILITY": "default", "HVD_COMPRESS_NATIVE": "0"}
     child = subprocess.run([sys.executable, "-c", POSITIONS], env=env, capture_output=True, text=True, timeout=300)
     assert child.returncode == 0, child.stderr
-    assert child.stdout.split() == ["DEFAULT"]
+    assert child.stdout.strip() in ("DEFAULT", "NO AVX")  # the latter before torch 2.2
 
 
 # -- tiles ---------------------------------------------------------------------------------------------

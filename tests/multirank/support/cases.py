@@ -94,6 +94,16 @@ def only(condition: Callable[[Job], bool]) -> Callable[[Check], Check]:
     return decorate
 
 
+def requires(present: bool) -> Callable[[Check], Check]:
+    """Make a check part of no job where ``present`` is false: something it needs is not in this version of torch."""
+
+    def decorate(check: Check) -> Check:
+        check.__dict__["missing"] = not present
+        return check
+
+    return decorate
+
+
 several_ranks = only(lambda job: job.ranks > 1)
 by_mpi = only(lambda job: job.mpi)
 without_mpi = only(lambda job: not job.mpi)
@@ -122,7 +132,7 @@ def calls(module: Any, job: Job) -> dict[str, Callable[[], None]]:
     """
     found: dict[str, Callable[[], None]] = {}
     for name, check in checks(module).items():
-        if not all(condition(job) for condition in check.__dict__.get("conditions", ())):
+        if is_missing(check) or not all(condition(job) for condition in check.__dict__.get("conditions", ())):
             continue
         if "cases" not in check.__dict__:
             found[name] = check
@@ -137,6 +147,11 @@ def calls(module: Any, job: Job) -> dict[str, Callable[[], None]]:
 def checks(module: Any) -> dict[str, Callable[..., None]]:
     """Return the checks of a job file by name, in the file's order."""
     return {name: f for name, f in vars(module).items() if name.startswith("check_") and inspect.isfunction(f)}
+
+
+def is_missing(check: Callable[..., None]) -> bool:
+    """Return True if this version of torch lacks what the check requires."""
+    return bool(check.__dict__.get("missing", False))
 
 
 def _cases_of(check: Callable[..., None], job: Job) -> dict[str, Callable[[], None]]:

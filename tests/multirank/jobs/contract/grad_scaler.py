@@ -10,7 +10,7 @@ import torch
 from hvd_compress import DEF, EF, Dense, RandomBlock, TopK
 from tests.multirank.support.algorithm_cases import EXACT, LOSSY
 from tests.multirank.support.assertions import close, same_everywhere
-from tests.multirank.support.cases import cases, several_ranks
+from tests.multirank.support.cases import cases, requires, several_ranks
 from tests.multirank.support.internals import residuals
 from tests.multirank.support.networks import flat, loss_of, network
 from tests.multirank.support.training import process_set, wrap
@@ -20,6 +20,7 @@ FULL_RANKS = (1, 3)
 MPI_RANKS = (2,)
 SCALE = 2.0**10
 RECIPES = ("synchronize", "step", "unscale")
+scales_on_cpu = requires(hasattr(torch.amp, "GradScaler"))  # torch >= 2.3
 
 
 def step(model: Any, optimizer: Any, scaler: Any, t: int, recipe: str, infinite: bool = False) -> None:
@@ -43,6 +44,7 @@ def step(model: Any, optimizer: Any, scaler: Any, t: int, recipe: str, infinite:
     scaler.update()
 
 
+@scales_on_cpu
 @cases(compression=(EXACT, LOSSY), recipe=RECIPES)
 def check_scaled_training_equals_unscaled(compression: Any, recipe: str) -> None:
     model, plain = network(torch.float64), network(torch.float64)
@@ -60,6 +62,7 @@ def check_scaled_training_equals_unscaled(compression: Any, recipe: str) -> None
         close(residuals(optimizer) + 1, residuals(twin) + 1, 1e-9, "residual")
 
 
+@scales_on_cpu
 @cases(fused=(False, True))
 def check_clipping_of_local_gradients_sees_them_unscaled(fused: bool) -> None:
     """A fused optimizer would unscale by itself."""
@@ -75,6 +78,7 @@ def check_clipping_of_local_gradients_sees_them_unscaled(fused: bool) -> None:
     close(results[1], results[0], 1e-3, f"distance from the start, fused={fused}")
 
 
+@scales_on_cpu
 @cases(compression=(EXACT, LOSSY), recipe=RECIPES)
 def check_overflow_on_one_rank_skips_everywhere(compression: Any, recipe: str) -> None:
     model = network()
@@ -99,6 +103,7 @@ def check_overflow_on_one_rank_skips_everywhere(compression: Any, recipe: str) -
         same_everywhere(flat(model), "x")
 
 
+@scales_on_cpu
 @cases(EF(RandomBlock(density=0.25)), DEF(RandomBlock(density=0.25)))
 def check_scaled_and_unscaled_steps_mix(compression: Any) -> None:
     model, plain = network(torch.float64), network(torch.float64)
@@ -118,6 +123,7 @@ def check_scaled_and_unscaled_steps_mix(compression: Any) -> None:
     close(flat(model), flat(plain), 1e-9, f"parameters with {compression}")
 
 
+@scales_on_cpu
 @several_ranks
 @cases(compression=(EXACT, LOSSY), fused=(False, True))
 def check_ranks_outside_the_process_set_scale_on_their_own(compression: Any, fused: bool) -> None:
