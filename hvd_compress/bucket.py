@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from hvd_compress.compressors.base import Layout, pieces
+from hvd_compress.compressors.layout import Layout, pieces
 
 
 class ParamEntry(NamedTuple):

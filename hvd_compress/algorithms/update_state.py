@@ -14,7 +14,7 @@ from hvd_compress.algorithms.momentum_masking import MomentumMask
 from hvd_compress.algorithms.residual_update import Coefficient
 from hvd_compress.bucket import Bucket, FlatBuffer
 from hvd_compress.comm.communicator import Communicator
-from hvd_compress.compressors.base import pieces
+from hvd_compress.compressors.layout import pieces
 from hvd_compress.exchange import Context, Exchange, ExchangeSchedule
 
 

@@ -9,7 +9,8 @@ from typing import Sequence
 import torch
 from torch import Tensor
 
-from hvd_compress.compressors.base import Compressor, Layout, SummableCodec, pieces
+from hvd_compress.compressors.base import Compressor, SummableCodec
+from hvd_compress.compressors.layout import Layout, pieces
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from hvd_compress import validation
-from hvd_compress.compressors.base import Codec, Combine, Compressor, Layout, Payload
+from hvd_compress.compressors.base import Codec, Combine, Compressor, Payload
 from hvd_compress.compressors.counter_rng import tensor_key
+from hvd_compress.compressors.layout import Layout
 from hvd_compress.compressors.selection import check_density_and_seed
 from hvd_compress.compressors.sketch_hash import Rotations
 from hvd_compress.native import sketch as native

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from hvd_compress import validation
 from hvd_compress.compressors import counter_rng
-from hvd_compress.compressors.base import Compressor, JointCodec, Layout, Payload, pieces
+from hvd_compress.compressors.base import Compressor, JointCodec, Payload
 from hvd_compress.compressors.counter_rng import tensor_key
+from hvd_compress.compressors.layout import Layout, pieces
 
 
 @dataclass(frozen=True)

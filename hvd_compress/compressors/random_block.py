@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hvd_compress.compressors.base import Compressor, Layout, Payload, SummableCodec
+from hvd_compress.compressors.base import Compressor, Payload, SummableCodec
 from hvd_compress.compressors.counter_rng import draw, tensor_key
+from hvd_compress.compressors.layout import Layout
 from hvd_compress.compressors.selection import SelectionCodec, check_density_and_seed, sent_count
 
 

@@ -10,8 +10,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from hvd_compress.compressors.base import Compressor, Layout, SummableCodec, pieces
+from hvd_compress.compressors.base import Compressor, SummableCodec
 from hvd_compress.compressors.counter_rng import U64, draw, mix, tensor_key
+from hvd_compress.compressors.layout import Layout, pieces
 from hvd_compress.compressors.selection import check_density_and_seed, sent_count
 
 _I64 = npt.NDArray[np.int64]

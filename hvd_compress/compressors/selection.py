@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from hvd_compress import validation
-from hvd_compress.compressors.base import Layout, SummableCodec, pieces
+from hvd_compress.compressors.base import SummableCodec
+from hvd_compress.compressors.layout import Layout, pieces
 
 
 def sent_count(numel: int, density: float) -> int:

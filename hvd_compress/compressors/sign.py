@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from hvd_compress import validation
-from hvd_compress.compressors.base import Codec, Compressor, Layout, Payload, ShardedCodec, pieces
+from hvd_compress.compressors.base import Codec, Compressor, Payload, ShardedCodec
+from hvd_compress.compressors.layout import Layout, pieces
 from hvd_compress.native import signs as native
 
 _I64 = npt.NDArray[np.int64]

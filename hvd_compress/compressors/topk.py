@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from hvd_compress import validation
-from hvd_compress.compressors.base import Codec, Compressor, Layout, Payload
+from hvd_compress.compressors.base import Codec, Compressor, Payload
+from hvd_compress.compressors.layout import Layout
 from hvd_compress.compressors.selection import sent_count
 from hvd_compress.compressors.topk_search import HostSearch, bits_of, sampled_on_device, scan_start
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from hvd_compress import validation
-from hvd_compress.compressors.base import AnyCodec, Combine, Compressor, Layout, Payload
+from hvd_compress.compressors.base import AnyCodec, Combine, Compressor, Payload
 from hvd_compress.compressors.cast import Identity
+from hvd_compress.compressors.layout import Layout
 
 
 @dataclass(frozen=True)

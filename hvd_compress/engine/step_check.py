@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hvd_compress.bucket import FlatBuffer
 from hvd_compress.comm.communicator import RANKS_JOINED, Communicator, Handle, Sum, is_elastic
-from hvd_compress.compressors.base import pieces
+from hvd_compress.compressors.layout import pieces
 from hvd_compress.engine.replica_check import digest
 
 SAMPLES = 16  # per parameter, evenly spread: of a small one, every element

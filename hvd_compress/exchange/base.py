@@ -11,7 +11,7 @@ from torch.nn import Parameter
 
 from hvd_compress.bucket import Bucket, FlatBuffer
 from hvd_compress.comm.communicator import Average, Communicator, Reduction
-from hvd_compress.compressors.base import pieces
+from hvd_compress.compressors.layout import pieces
 
 
 def _stateless(parameter: Parameter) -> dict[str, Any]:

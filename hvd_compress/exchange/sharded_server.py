@@ -14,7 +14,8 @@ from torch import Tensor
 
 from hvd_compress.bucket import Bucket, FlatBuffer
 from hvd_compress.comm.communicator import Handle
-from hvd_compress.compressors.base import Codec, Compressor, Layout, ShardedCodec
+from hvd_compress.compressors.base import Codec, Compressor, ShardedCodec
+from hvd_compress.compressors.layout import Layout
 from hvd_compress.exchange.base import Context, Exchange, require_countable
 
 SHARD = 8  # elements: shards begin where a byte of packed bits begins

@@ -1,84 +1,37 @@
-"""Scaled signs, compared with plain numpy: compiled loops and torch's operations, whole vectors and shards."""
+"""Scaled signs, compared with plain numpy: compiled loops and torch's operations, single tensors and buckets."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Optional
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
 from hvd_compress import native
-from hvd_compress.compressors import BlockSign, Codec, Combine, Layout
+from hvd_compress.compressors import BlockSign, Combine
 from hvd_compress.native import signs
-from tests.unit.signing import loops
+from tests.unit.signing import (
+    CPU,
+    DTYPES,
+    WIDE,
+    blocks,
+    encoded,
+    examples,
+    loops,
+    named,
+    numbers,
+    reference,
+    sizes,
+    spread,
+    unpack,
+    vector,
+)
 
 __all__ = ["loops"]  # the fixture
-
-CPU = torch.device("cpu")
-DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-WIDE = [torch.float32, torch.float64]
-# The fixture makes the same setting for every example, so it need not run again.
-examples = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-sizes = st.one_of(st.none(), st.integers(1, 40))
-numbers = st.lists(st.one_of(st.integers(0, 3), st.integers(0, 90)), max_size=8)
-
-
-def vector(n: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    """Return normal values, some zeros of both signs, and a quarter of zeros in a row."""
-    rng = np.random.default_rng(seed)
-    v = rng.standard_normal(n) * (rng.random(n) < 0.9) * rng.choice([-1.0, 1.0], n)
-    v[n // 2 : n // 2 + n // 4] = 0.0
-    return torch.from_numpy(v).to(dtype)
-
-
-def named(numels: Sequence[int]) -> Layout:
-    return Layout(tuple(f"p{i}" for i in range(len(numels))), tuple(numels))
-
-
-def blocks(numels: Sequence[int], size: Optional[int]) -> list[slice]:
-    """Return all blocks of tensors that lie one after the other."""
-    found, begin = [], 0
-    for n in numels:
-        step = size or max(n, 1)
-        found += [slice(begin + i, begin + min(i + step, n)) for i in range(0, n, step)]
-        begin += n
-    return found
-
-
-def reference(v: np.ndarray, places: Sequence[slice]) -> tuple[np.ndarray, np.ndarray]:
-    """Return scales and signs by the definition, in float64."""
-    v = v.astype(np.float64)
-    return np.array([np.abs(v[b]).sum() / (b.stop - b.start) for b in places]), np.where(v >= 0, 1.0, -1.0)
-
-
-def unpack(payload: Tensor, n: int, count: int, at: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the scales and signs of a payload whose scales begin at byte ``at``."""
-    raw = payload.numpy().tobytes()
-    bits = np.unpackbits(np.frombuffer(raw[: (n + 7) // 8], dtype=np.uint8), bitorder="little")
-    assert not bits[n:].any(), "unused bits"
-    return np.frombuffer(raw[at : at + 4 * count], dtype=np.float32), np.where(bits[:n], 1.0, -1.0)
-
-
-def spread(scales: np.ndarray, places: Sequence[slice], n: int) -> np.ndarray:
-    out = np.zeros(n, dtype=scales.dtype)
-    for scale, place in zip(scales, places):
-        out[place] = scale
-    return out
-
-
-def encoded(codec: Codec, flat: Tensor) -> Tensor:
-    codec.set_step(0)
-    payload = torch.full((codec.numel,), 255, dtype=codec.dtype)
-    codec.encode(flat, payload)
-    return payload
-
 
 # -- one tensor ----------------------------------------------------------------------------------------
 
@@ -263,56 +216,6 @@ def test_the_loops_refuse_what_does_not_fit(loops: str) -> None:
     assert signs.applies(v, bits) == (loops == "native")
     assert not signs.applies(v.double(), bits)
     assert not signs.applies(v[::2], bits)
-
-
-# -- shards --------------------------------------------------------------------------------------------
-
-
-@examples
-@given(numbers, sizes, st.sampled_from(WIDE), st.lists(st.integers(0, 60), max_size=5), st.integers(0, 9))
-def test_shards_decode_to_the_whole(
-    numels: list[int], size: Optional[int], dtype: torch.dtype, cuts: list[int], seed: int
-) -> None:
-    compressor, layout = BlockSign(size), named(numels)
-    n = layout.total
-    borders = [0, *sorted(min(8 * cut, n) for cut in cuts), n]
-    flat, background = vector(n, dtype, seed), vector(n, dtype, seed + 1)
-    whole, expected = compressor.codec(layout, dtype, CPU), background.clone()
-    whole.accumulate(encoded(whole, flat), expected, -0.3)
-
-    shards = compressor.sharded(layout, borders, dtype, CPU)
-    assert shards.borders == borders
-    payloads = [torch.full((codec.numel,), 255, dtype=codec.dtype) for codec in shards.codecs]
-    shards.set_step(0)
-    shards.encode(flat, payloads)
-    for j, (codec, payload) in enumerate(zip(shards.codecs, payloads)):
-        codec.accumulate(payload, shards.shard(background, j), -0.3)
-        start, stop = borders[j], borders[j + 1]
-        touched = sum(b.start < stop and b.stop > start for b in blocks(numels, size)) if start < stop else 0
-        at = (stop - start + 31) // 32 * 4
-        assert codec.numel == -(-(at + 4 * touched) // 8) * 8
-        assert not payload[-(-(stop - start) // 8) : at].any() and not payload[at + 4 * touched :].any(), "padding"
-    assert torch.equal(background, expected)
-
-
-def test_borders_within_a_byte_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"borders=\[0, 12, 20\].*multiples of 8"):
-        BlockSign().sharded(named([20]), [0, 12, 20], torch.float32, CPU)
-
-
-def test_a_shard_by_itself_has_blocks_of_its_own() -> None:
-    """The codec of a cut layout computes scales from its own elements only."""
-    layout, flat = named([16]), torch.cat((torch.full((8,), 1.0), torch.full((8,), 3.0)))
-    out = torch.zeros(8)
-    codec = BlockSign().codec(layout.cut(8, 16), torch.float32, CPU)
-    codec.accumulate(encoded(codec, flat[8:]), out, 1.0)
-    assert out.tolist() == [3.0] * 8
-    shards = BlockSign().sharded(layout, [0, 8, 16], torch.float32, CPU)
-    payloads = [torch.empty(codec.numel, dtype=torch.uint8) for codec in shards.codecs]
-    shards.encode(flat, payloads)
-    out.zero_()
-    shards.codecs[1].accumulate(payloads[1], out, 1.0)
-    assert out.tolist() == [2.0] * 8
 
 
 def test_it_works_without_the_extension(loops: str) -> None:
