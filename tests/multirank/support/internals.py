@@ -46,11 +46,6 @@ def residual(optimizer: Any) -> Tensor:
     return _vector(residual_by_name(optimizer))
 
 
-def gradient_residual(optimizer: Any) -> Tensor:
-    """Return the residual of an algorithm that exchanges gradients as one vector, in gradient units."""
-    return residual(optimizer)
-
-
 def residuals(optimizer: Any) -> Tensor:
     """Return all that this rank has not sent yet, as a worker and as a server, as one vector."""
     kinds = [_by_name(optimizer, kind) for kind in ("residual", "server")]

@@ -11,7 +11,7 @@ from hvd_compress import EF, Dense, Identity, RandomBlock
 from tests.multirank.support import reference
 from tests.multirank.support.assertions import close, same_everywhere
 from tests.multirank.support.cases import cases
-from tests.multirank.support.internals import gradient_residual
+from tests.multirank.support.internals import residual
 from tests.multirank.support.networks import flat, network
 from tests.multirank.support.reference import joined
 from tests.multirank.support.reference_checks import STEPS, nesterov, schedule_from_zero, torch_sgd
@@ -32,7 +32,7 @@ def check_equals_reference(dtype: torch.dtype, rescale: bool) -> None:
     same_everywhere(torch.cat(history), "parameters at some step")
     run = reference.error_feedback(hvd.size(), STEPS, BLOCK.selection, schedule_from_zero, nesterov, rescale)
     close(flat(model), joined(run.x), tolerance, f"x, {dtype}, rescale={rescale}")
-    close(gradient_residual(optimizer), joined(run.e[hvd.rank()]), 100 * tolerance, f"e, {dtype}, {rescale}")
+    close(residual(optimizer), joined(run.e[hvd.rank()]), 100 * tolerance, f"e, {dtype}, {rescale}")
 
 
 def check_mass_identity() -> None:
