@@ -43,7 +43,9 @@ TESTS = (
 def run(algorithm: Optional[str], ranks: int, launcher: str) -> Outcome:
     """Run one job with all of ``TESTS``; ``None`` is Horovod's own class."""
     files = [f"{CHECKOUT}/parallel/test_torch.py::TorchTests::{test}" for test in TESTS]
-    env = {} if algorithm is None else {"HVD_COMPRESS_ALGORITHM": algorithm}
+    env = {"HOROVOD_DYNAMIC_PROCESS_SETS": "1"}
+    if algorithm is not None:
+        env["HVD_COMPRESS_ALGORITHM"] = algorithm
     options = ["-q", "-p", "tests.conformance.substitute", "-p", "no:cacheprovider"]
     return launch([sys.executable, "-m", "pytest", *options, *files], ranks, launcher, env=env)
 

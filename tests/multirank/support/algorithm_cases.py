@@ -30,8 +30,10 @@ WHOLE_SKETCH = CountSketch(density=1.0, rows=1)
 # Selections that do not depend on how buckets are cut.
 BLOCKS: tuple[Any, ...] = (EF(BLOCK), DEF(BLOCK))
 
-_EXACT: tuple[Any, ...] = (Dense(), EF(Identity()), DEF(Identity()), DistEF(Identity()))
+_EXACT: tuple[Any, ...] = (Dense(), DEF(Identity()))
 _EXACT_FULL: tuple[Any, ...] = (
+    EF(Identity()),
+    DistEF(Identity()),
     LIEC(Identity(), averaging_period=3),
     GlobalSketch(WHOLE_SKETCH, masking=False),
     EF(TopK(1.0)),

@@ -28,7 +28,7 @@ Check = TypeVar("Check", bound=Callable[..., None])
 
 @dataclass(frozen=True)
 class Job:
-    """One launch of a job file.
+    """A job file at a number of ranks.
 
     Attributes:
         file: path of the file below ``jobs/`` without its suffix, such as "contract/stepping".
@@ -43,9 +43,19 @@ class Job:
     full: bool
 
     @property
+    def folder(self) -> str:
+        """Return the folder of the job file below ``jobs/``."""
+        return self.file.partition("/")[0]
+
+    @property
     def mpi(self) -> bool:
         """Return True if mpirun has started the job."""
         return self.launcher == "mpi"
+
+    @property
+    def makes_process_sets(self) -> bool:
+        """Return True if the job file makes process sets."""
+        return getattr(self.module(), "PROCESS_SETS", False)
 
     def module(self) -> Any:
         """Import the job file."""

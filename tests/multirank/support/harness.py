@@ -1,8 +1,10 @@
 """Real Horovod jobs from pytest: launch N ranks, run every check of a job file, report per check, case and rank.
 
 A job file in ``jobs/*/`` has functions named ``check_*`` and, if it needs other numbers of ranks than the default, a
-tuple ``RANKS`` (``FULL_RANKS``: in ``make test-full`` only; ``MPI_RANKS``: there, by mpirun). All checks of a file
-run in one job, in order; each rank notes how each case of them ended, so one launch serves many tests.
+tuple ``RANKS`` (``FULL_RANKS``: in ``make test-full`` only; ``MPI_RANKS``: there, by mpirun). ``PROCESS_SETS = True``
+lets it make process sets; Horovod's readiness for them slows down every collective by a quarter. All checks of a file
+run in one job, in order; each rank notes how each case of them ended, so one launch serves many tests. Starting ranks
+takes longer than most quick jobs, so those of one folder, with as many ranks, share a launch.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional
+from typing import Iterable, Optional
 
 from tests.multirank.support.cases import FULL, Job, calls
 
@@ -24,7 +26,8 @@ ROOT = Path(__file__).parents[3]  # a checkout tests itself, whatever is install
 JOBS = Path(__file__).parents[1] / "jobs"
 DEFAULT_RANKS = (2, 3, 4)
 TIMEOUT = 600.0
-_SHOWN: set[Job] = set()
+_SELECTED: list[Job] = []
+_SHOWN: set[tuple[Job, ...]] = set()
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ def launch(
 ) -> Outcome:
     """Run ``argv`` as a job; after ``timeout`` seconds the whole job is killed and ``returncode`` is None."""
     with tempfile.TemporaryDirectory(prefix="hvd_compress-") as directory:
-        settings = environment(HVD_COMPRESS_NOTES=directory, HOROVOD_DYNAMIC_PROCESS_SETS="1", **(env or {}))
+        settings = environment(HVD_COMPRESS_NOTES=directory, **(env or {}))
         returncode, output = supervise(command(launcher, ranks, directory, argv), settings, timeout)
         for path in sorted(Path(directory).glob("rank.*/std*")):
             output += f"\n--- {path.parent.name} {path.name} ---\n{path.read_text(errors='replace')}"
@@ -105,21 +108,42 @@ def launch(
         return Outcome(returncode, output, notes)
 
 
+def select(jobs: Iterable[Job]) -> None:
+    """Say which jobs this run of pytest needs; only these share launches."""
+    _SELECTED[:] = dict.fromkeys(jobs)
+
+
+def launched_with(job: Job) -> tuple[Job, ...]:
+    """Return the jobs that share a launch with ``job``: selected quick ones of its folder, with as many ranks."""
+    if job.full or job not in _SELECTED:
+        return (job,)
+    return tuple(other for other in _SELECTED if _sharing(other) == _sharing(job))
+
+
+def _sharing(job: Job) -> tuple[object, ...]:
+    """Return what must be equal for two jobs to share a launch."""
+    return (job.folder, job.ranks, job.launcher, job.full, job.makes_process_sets)
+
+
 @functools.cache
-def run_job(job: Job) -> Outcome:
-    """Launch a job once; later calls return the same outcome."""
-    argv = [sys.executable, "-m", "tests.multirank.support.rank", job.file]
-    env = {"HVD_COMPRESS_FULL": "1"} if job.full else {}
+def run_jobs(jobs: tuple[Job, ...]) -> Outcome:
+    """Launch jobs that share a launch, once; later calls return the same outcome."""
+    first = jobs[0]
+    argv = [sys.executable, "-m", "tests.multirank.support.rank", *(job.file for job in jobs)]
+    env = {"HVD_COMPRESS_FULL": "1"} if first.full else {}
+    if first.makes_process_sets:
+        env["HOROVOD_DYNAMIC_PROCESS_SETS"] = "1"
     # Full jobs do more, with up to four ranks a core.
-    return launch(argv, job.ranks, job.launcher, timeout=TIMEOUT * (2 if job.full else 1), env=env)
+    timeout = TIMEOUT * (2 if first.full else 1) + 60.0 * (len(jobs) - 1)
+    return launch(argv, first.ranks, first.launcher, timeout=timeout, env=env)
 
 
-def output_of(job: Job) -> str:
-    """Return the end of a job's output, once: hundreds of cases may fail for the same reason."""
-    if job in _SHOWN:
-        return "\n(the output of this job is with its first failure)"
-    _SHOWN.add(job)
-    return run_job(job).output[-20000:]
+def output_of(jobs: tuple[Job, ...]) -> str:
+    """Return the end of a launch's output, once: hundreds of cases may fail for the same reason."""
+    if jobs in _SHOWN:
+        return "\n(the output of this launch is with its first failure)"
+    _SHOWN.add(jobs)
+    return run_jobs(jobs).output[-20000:]
 
 
 def files() -> list[str]:
@@ -149,15 +173,16 @@ def verify(job: Job, name: str) -> None:
     Raises:
         AssertionError: if a rank noted a failure or nothing, or if the job's exit code is not 0.
     """
-    outcome = run_job(job)
+    jobs = launched_with(job)
+    outcome = run_jobs(jobs)
     stories = []
     for rank, notes in enumerate(outcome.notes):
-        story = notes.get(name, "never finished (or never began)")
+        story = notes.get(f"{job.file}: {name}", "never finished (or never began)")
         if story != "ok":
             stories.append(f"rank {rank}: {story}")
     where = f"{job.file}: {name} at {job.ranks} ranks ({job.launcher})"
     if stories:
-        tail = output_of(job) if any("never" in s for s in stories) else ""
+        tail = output_of(jobs) if any("never" in s for s in stories) else ""
         raise AssertionError("\n".join([where, *stories]) + tail)
     if outcome.returncode != 0:
-        raise AssertionError(f"{where}: the job ended with {outcome.returncode}\n{output_of(job)}")
+        raise AssertionError(f"{where}: the job ended with {outcome.returncode}\n{output_of(jobs)}")

@@ -1,15 +1,17 @@
-"""One rank of a job: run the checks of a job file and note how each of their cases ended.
+"""One rank of a launch: run the checks of job files and note how each of their cases ended.
 
-``horovodrun -np 2 python -m tests.multirank.support.rank contract/stepping`` runs a file by hand; a second argument
+``horovodrun -np 2 python -m tests.multirank.support.rank contract/stepping`` runs a file by hand; ``--only TEXT``
 restricts it to the cases whose names contain that text.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
-import sys
+import time
 import traceback
+from typing import Callable, TextIO
 
 import horovod.torch as hvd
 import torch
@@ -17,30 +19,40 @@ import torch
 from tests.multirank.support.cases import FULL, Job, calls
 
 
-def main(file: str, wanted: str = "") -> None:
-    """Run the checks of ``file``; after a failure the next case runs all the same.
+def main() -> None:
+    """Run the checks of the files on the command line, in order.
 
-    With HVD_COMPRESS_NOTES, a directory, this rank writes a line of JSON there per case: its name and "ok" or a
+    With HVD_COMPRESS_NOTES, a directory, this rank writes a line of JSON there per case: file and case, and "ok" or a
     traceback.
     """
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("files", nargs="+", help="job files below jobs/, such as contract/stepping")
+    parser.add_argument("--only", default="", help="run only the cases whose names contain this")
+    args = parser.parse_args()
     torch.set_num_threads(1)
     hvd.init()
-    job = Job(file, hvd.size(), "mpi" if hvd.mpi_enabled() else "gloo", FULL)
     directory = os.environ.get("HVD_COMPRESS_NOTES")
     with open(f"{directory}/notes.{hvd.rank()}.jsonl" if directory else os.devnull, "w") as notes:
-        for name, call in calls(job.module(), job).items():
-            if wanted not in name:
-                continue
-            print(f"{name} ...", flush=True)
-            try:
-                call()
-                story = "ok"
-            except BaseException:
-                story = traceback.format_exc()
-                print(story, flush=True)
-            notes.write(json.dumps([name, story]) + "\n")
-            notes.flush()
+        for file in args.files:
+            job = Job(file, hvd.size(), "mpi" if hvd.mpi_enabled() else "gloo", FULL)
+            for name, call in calls(job.module(), job).items():
+                if args.only in name:
+                    run(f"{file}: {name}", call, notes)
+
+
+def run(name: str, call: Callable[[], None], notes: TextIO) -> None:
+    """Run one case and note how it ended; after a failure the next case runs all the same."""
+    print(f"{name} ...", flush=True)
+    started = time.perf_counter()
+    try:
+        call()
+        story = "ok"
+    except BaseException:
+        story = traceback.format_exc()
+    print(f"{story} after {time.perf_counter() - started:.1f} s", flush=True)
+    notes.write(json.dumps([name, story]) + "\n")
+    notes.flush()
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

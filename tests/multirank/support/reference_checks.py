@@ -17,7 +17,7 @@ from tests.multirank.support.reference import joined
 from tests.multirank.support.reference_compressors import from_flat
 from tests.multirank.support.training import train, wrap
 
-STEPS = 100
+STEPS = 100 if FULL else 40
 OPS = {"Average": hvd.Average, "Sum": hvd.Sum}
 
 

@@ -35,6 +35,7 @@ from tests.multirank.support.training import sgd, wrap
 
 RANKS = (3,)
 FULL_RANKS = (2,)
+PROCESS_SETS = True
 
 
 def attempt(model: nn.Module, compression: object = None, **kwargs: object) -> None:

@@ -18,6 +18,7 @@ from tests.multirank.support.training import process_set, wrap
 RANKS = (2,)
 FULL_RANKS = (1, 3)
 MPI_RANKS = (2,)
+PROCESS_SETS = True
 SCALE = 2.0**10
 RECIPES = ("synchronize", "step", "unscale")
 scales_on_cpu = requires(hasattr(torch.amp, "GradScaler"))  # torch >= 2.3

@@ -16,6 +16,7 @@ from tests.multirank.support.training import process_set, sgd, shared_model, tak
 RANKS = (3,)
 FULL_RANKS = (2, 4)
 MPI_RANKS = (2, 3)
+PROCESS_SETS = True
 MEMBERS = [0, 2]
 
 

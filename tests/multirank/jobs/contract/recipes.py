@@ -22,6 +22,7 @@ from tests.multirank.support.networks import flat
 from tests.multirank.support.training import wrap
 
 RANKS = (3,)  # two of them make a process set
+PROCESS_SETS = True
 PAGE = ROOT / "docs" / "recipes.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
 

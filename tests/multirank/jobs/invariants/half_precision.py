@@ -26,7 +26,7 @@ from hvd_compress import (
 )
 from tests.multirank.support import reference
 from tests.multirank.support.assertions import close, same_everywhere
-from tests.multirank.support.cases import cases
+from tests.multirank.support.cases import PerJob, cases
 from tests.multirank.support.internals import residual_by_name
 from tests.multirank.support.networks import flat, loss_of, network
 from tests.multirank.support.reference import joined
@@ -57,25 +57,30 @@ def check_half_precision_payloads(compression: Any) -> None:
     assert abs(optimizer.stats().ratio - expected) < 1e-6
 
 
+_ROUNDED: tuple[Any, ...] = (
+    Dense(),
+    hvd.Compression.fp16,
+    EF(BlockSign()),
+    LIEC(averaging_period=5),
+    DEF(BLOCK),
+    DistEF(),
+)
+_ROUNDED_FULL: tuple[Any, ...] = (
+    EF(BLOCK),
+    EF(Cast()),
+    EF(RandomK(0.25)),
+    EF(TopK(0.25)),
+    EF(LowRank(1)),
+    DEF(RandomK(0.25)),
+    DEF(TopK(0.25), 0.0, masking=True),
+    DEF(LowRank(1)),
+    DEF(Cast()),
+    GlobalSketch(CountSketch(density=1.0)),
+)
+
+
 @cases(
-    compression=(
-        Dense(),
-        EF(BLOCK),
-        EF(Cast()),
-        hvd.Compression.fp16,
-        EF(RandomK(0.25)),
-        EF(TopK(0.25)),
-        EF(BlockSign()),
-        EF(LowRank(1)),
-        LIEC(averaging_period=5),
-        DEF(BLOCK),
-        DEF(RandomK(0.25)),
-        DEF(TopK(0.25), 0.0, masking=True),
-        DistEF(),
-        DEF(LowRank(1)),
-        DEF(Cast()),
-        GlobalSketch(CountSketch(density=1.0)),
-    ),
+    compression=PerJob(lambda job: _ROUNDED + _ROUNDED_FULL if job.full else _ROUNDED),
     dtype=(torch.bfloat16, torch.float16),
 )
 def check_low_precision_parameters(compression: Any, dtype: torch.dtype) -> None:

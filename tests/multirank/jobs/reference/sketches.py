@@ -21,6 +21,7 @@ from tests.multirank.support.training import process_set, sgd, train, wrap
 RANKS = (2,)
 FULL_RANKS = (1, 3, 4)
 MPI_RANKS = (2, 3, 4, 5)
+PROCESS_SETS = True
 WHOLE = CountSketch(density=1.0, rows=3)
 TREE = GlobalSketch(SKETCH, "tree", dense_vectors=False)
 

@@ -11,7 +11,7 @@ import torch
 from hvd_compress import DEF, EF, LIEC, CountSketch, Dense, DistEF, GlobalSketch, LowRank, Policy, TopK
 from tests.multirank.support.algorithm_cases import BLOCK, exchanges_updates, has_local_models
 from tests.multirank.support.assertions import close, same_everywhere
-from tests.multirank.support.cases import cases
+from tests.multirank.support.cases import PerJob, cases
 from tests.multirank.support.checkpoints import through_a_file
 from tests.multirank.support.internals import residual_by_name
 from tests.multirank.support.networks import flat
@@ -28,19 +28,22 @@ def own_momentum(algorithm: Any) -> set[str]:
     return {"0", "2"} if exchanges_updates(algorithm) or has_local_models(algorithm) else set()
 
 
-KINDS: tuple[Any, ...] = (
+_KINDS: tuple[Any, ...] = (
     Dense(),
     EF(BLOCK),
-    EF(TopK(0.25)),
     LIEC(averaging_period=100),
     DEF(BLOCK),
+    Policy(EF(BLOCK), patterns={"2.*": LIEC(averaging_period=100)}),
+)
+_KINDS_FULL: tuple[Any, ...] = (
+    EF(TopK(0.25)),
     DEF(BLOCK, "auto"),
     DistEF(),
     GlobalSketch(CountSketch(columns=8, rows=3)),
     EF(LowRank(1)),
     EF(LowRank(2)),
-    Policy(EF(BLOCK), patterns={"2.*": LIEC(averaging_period=100)}),
 )
+KINDS = PerJob(lambda job: _KINDS + _KINDS_FULL if job.full else _KINDS)
 
 
 @cases(before=KINDS, after=KINDS, flushed=(False, True), where=lambda before, after, flushed: before != after)
