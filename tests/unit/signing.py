@@ -1,4 +1,4 @@
-"""What tests of signs share: the loops they run with, vectors, and the definition in plain numpy."""
+"""Shared by the tests of signs: the loops they run with, vectors, and the definition in plain numpy."""
 
 from __future__ import annotations
 

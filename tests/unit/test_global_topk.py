@@ -22,7 +22,7 @@ def message(codec: TopKCodec, vector: dict[int, float]) -> torch.Tensor:
 
 
 def merge(a: dict[int, float], b: dict[int, float]) -> tuple[dict[int, float], dict[int, float]]:
-    """What is kept and what is dropped, by coordinate."""
+    """Return what is kept and what is dropped of the sum of two messages, by coordinate."""
     codec = TopK(K / N).codec(Layout(("a",), (N,)), torch.float32, torch.device("cpu"))
     result, places, sums = merge_messages(codec, message(codec, a).numpy(), message(codec, b).numpy())
     values, kept = codec.unpack(torch.from_numpy(result))
@@ -42,7 +42,7 @@ def test_what_cancels_gives_way_to_the_rest() -> None:
 
 
 def test_nan_counts_as_larger_than_anything() -> None:
-    """As for TopK, so that it is seen."""
+    """A nan is never dropped, as with TopK, so that it is seen."""
     kept, dropped = merge({0: 1.0, 4: math.nan, 7: 2.0}, {1: -3.0, 5: 1e30, 9: 2.5})
     assert sorted(kept) == [1, 4, 5]
     assert math.isnan(kept[4])

@@ -74,7 +74,7 @@ def test_a_star_import_brings_nothing_else() -> None:
 
 
 def test_modules_are_found_where_they_are() -> None:
-    """What compressors/ makes public must not hide a module of the package, were a file there to be called alike."""
+    """A name that compressors/ makes public must not hide a module, were a file there to be called alike."""
     modules = {name: value.__name__ for name, value in vars(hvd_compress).items() if inspect.ismodule(value)}
     assert modules
     assert modules == {name: f"hvd_compress.{name}" for name in modules}
