@@ -21,6 +21,8 @@ import os
 from dataclasses import dataclass
 from typing import Any, Callable, Iterable, Mapping, TypeVar, Union
 
+import torch
+
 FULL = os.environ.get("HVD_COMPRESS_FULL") == "1"
 PACKAGE = "tests.multirank.jobs"
 Check = TypeVar("Check", bound=Callable[..., None])
@@ -117,6 +119,8 @@ def requires(present: bool) -> Callable[[Check], Check]:
 several_ranks = only(lambda job: job.ranks > 1)
 by_mpi = only(lambda job: job.mpi)
 without_mpi = only(lambda job: not job.mpi)
+SCALES_ON_CPU = hasattr(torch.amp, "GradScaler")  # torch >= 2.3
+scales_on_cpu = requires(SCALES_ON_CPU)
 
 
 def name_of(value: Any) -> str:
@@ -133,6 +137,11 @@ def name_of(value: Any) -> str:
                 parts.append(name_of(content) if k == 0 else f"{field.name}={name_of(content)}")
         return f"{type(value).__name__}({', '.join(parts)})"
     return getattr(value, "__name__", None) or repr(value).replace("torch.", "")
+
+
+def more_in_full(quick: Iterable[Any], more: Iterable[Any]) -> PerJob:
+    """Return the values ``quick``, and in jobs of the full run also ``more``."""
+    return PerJob(lambda job: (*quick, *more) if job.full else quick)
 
 
 def calls(module: Any, job: Job) -> dict[str, Callable[[], None]]:

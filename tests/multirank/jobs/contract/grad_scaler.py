@@ -10,7 +10,7 @@ import torch
 from hvd_compress import DEF, EF, Dense, RandomBlock, TopK
 from tests.multirank.support.algorithm_cases import EXACT, LOSSY
 from tests.multirank.support.assertions import close, same_everywhere
-from tests.multirank.support.cases import cases, requires, several_ranks
+from tests.multirank.support.cases import cases, scales_on_cpu, several_ranks
 from tests.multirank.support.internals import residuals
 from tests.multirank.support.networks import flat, loss_of, network
 from tests.multirank.support.training import process_set, wrap
@@ -21,7 +21,6 @@ MPI_RANKS = (2,)
 PROCESS_SETS = True
 SCALE = 2.0**10
 RECIPES = ("synchronize", "step", "unscale")
-scales_on_cpu = requires(hasattr(torch.amp, "GradScaler"))  # torch >= 2.3
 
 
 def step(model: Any, optimizer: Any, scaler: Any, t: int, recipe: str, infinite: bool = False) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from hvd_compress import DEF, CountSketch, Dense, GlobalSketch, Identity, RandomBlock, TopK
 from tests.multirank.support.algorithm_cases import EXACT, LOSSY, exchanges_updates, is_exact
 from tests.multirank.support.assertions import close, same_everywhere
-from tests.multirank.support.cases import cases, requires
+from tests.multirank.support.cases import cases, scales_on_cpu
 from tests.multirank.support.networks import Embedded, flat
 from tests.multirank.support.training import sgd, wrap
 
@@ -134,7 +134,7 @@ def check_sparse_adam_without_a_gradient_on_one_rank() -> None:
         same_everywhere(flat(table), "x with SparseAdam")
 
 
-@requires(hasattr(torch.amp, "GradScaler"))  # torch >= 2.3
+@scales_on_cpu
 def check_an_infinity_in_a_sparse_gradient() -> None:
     """The step is skipped on all ranks, as for dense gradients."""
     model = Embedded()

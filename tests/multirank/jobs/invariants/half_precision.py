@@ -26,7 +26,7 @@ from hvd_compress import (
 )
 from tests.multirank.support import reference
 from tests.multirank.support.assertions import close, same_everywhere
-from tests.multirank.support.cases import PerJob, cases
+from tests.multirank.support.cases import cases, more_in_full
 from tests.multirank.support.internals import residual_by_name
 from tests.multirank.support.networks import flat, loss_of, network
 from tests.multirank.support.reference import joined
@@ -80,7 +80,7 @@ _ROUNDED_FULL: tuple[Any, ...] = (
 
 
 @cases(
-    compression=PerJob(lambda job: _ROUNDED + _ROUNDED_FULL if job.full else _ROUNDED),
+    compression=more_in_full(_ROUNDED, _ROUNDED_FULL),
     dtype=(torch.bfloat16, torch.float16),
 )
 def check_low_precision_parameters(compression: Any, dtype: torch.dtype) -> None:

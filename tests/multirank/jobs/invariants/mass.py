@@ -23,7 +23,7 @@ RANKS = (2,)
 FULL_RANKS = (1, 3, 4)
 MPI_RANKS = (2, 3, 4, 5)
 STAGES = (1.0, 0.5)
-# The quick run has Average with every compressor.
+# Average is in the quick run too, with every compressor, above.
 OPS_OF_JOB = PerJob(lambda job: OPS if job.full else {"Sum": OPS["Sum"]})
 once_by_mpi = only(lambda job: not job.mpi or job.ranks == 2)
 

@@ -11,7 +11,7 @@ import torch
 from hvd_compress import DEF, EF, LIEC, CountSketch, Dense, DistEF, GlobalSketch, LowRank, Policy, TopK
 from tests.multirank.support.algorithm_cases import BLOCK, exchanges_updates, has_local_models
 from tests.multirank.support.assertions import close, same_everywhere
-from tests.multirank.support.cases import PerJob, cases
+from tests.multirank.support.cases import cases, more_in_full
 from tests.multirank.support.checkpoints import through_a_file
 from tests.multirank.support.internals import residual_by_name
 from tests.multirank.support.networks import flat
@@ -43,7 +43,7 @@ _KINDS_FULL: tuple[Any, ...] = (
     EF(LowRank(1)),
     EF(LowRank(2)),
 )
-KINDS = PerJob(lambda job: _KINDS + _KINDS_FULL if job.full else _KINDS)
+KINDS = more_in_full(_KINDS, _KINDS_FULL)
 
 
 @cases(before=KINDS, after=KINDS, flushed=(False, True), where=lambda before, after, flushed: before != after)
