@@ -17,6 +17,7 @@ import horovod.torch as hvd
 import torch
 
 from tests.multirank.support.cases import FULL, Job, calls
+from tests.multirank.support.waiting import wait_without_spinning
 
 
 def main() -> None:
@@ -30,6 +31,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="run only the cases whose names contain this")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    wait_without_spinning()
     hvd.init()
     directory = os.environ.get("HVD_COMPRESS_NOTES")
     with open(f"{directory}/notes.{hvd.rank()}.jsonl" if directory else os.devnull, "w") as notes:
