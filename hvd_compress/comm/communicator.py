@@ -56,6 +56,17 @@ class Reduction(NamedTuple):
     predivide: float = 1.0
 
 
+def sleep_until_done(handle: int) -> None:
+    """Wait for a collective of Horovod's, leaving the processor to others.
+
+    ``hvd.synchronize`` spins, which slows down ranks that share a core and Horovod's own thread.
+    """
+    pause = 2e-5
+    while not hvd.poll(handle):
+        time.sleep(pause)
+        pause = min(pause * 1.5, 2e-4)
+
+
 class Handle:
     """A collective that has been launched; in-place collectives also put the result into their tensor.
 
@@ -78,11 +89,7 @@ class Handle:
             return self._result
         handle, self._handle = self._handle, None
         with self._comm.waiting() if self._comm is not None else contextlib.nullcontext():
-            # hvd.synchronize spins, which slows down ranks that share a core and Horovod's own thread.
-            pause = 2e-5
-            while not hvd.poll(handle):
-                time.sleep(pause)
-                pause = min(pause * 1.5, 2e-4)
+            sleep_until_done(handle)
             try:
                 self._result = hvd.synchronize(handle)
             except HorovodInternalError as error:
