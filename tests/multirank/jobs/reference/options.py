@@ -11,7 +11,7 @@ import torch
 from hvd_compress import DEF, EF, LIEC, Cast, Compressor, DistEF, LowRank, RandomBlock, TopK, Warmup
 from tests.multirank.support import reference, reference_flat
 from tests.multirank.support import reference_compressors as maps
-from tests.multirank.support.cases import Job, PerJob, cases, name_of
+from tests.multirank.support.cases import Job, PerJob, cases, more_in_full, name_of
 from tests.multirank.support.compressor_cases import ALL, BLOCK, POLICY_OF_GRADIENTS, POLICY_OF_UPDATES, Kind
 from tests.multirank.support.reference_checks import STEPS, compare, heavy_ball, nesterov, schedule
 
@@ -37,7 +37,7 @@ def compare_one_way(algorithm: str, compressor: Compressor, joint: maps.Joint, t
         compare(DEF(compressor, 0.3), expected, nesterov, tolerance)
 
 
-@cases(algorithm=ONE_WAY, rank=PerJob(lambda job: (1, 2) if job.full else (1,)))
+@cases(algorithm=ONE_WAY, rank=more_in_full((1,), (2,)))
 def check_low_rank(algorithm: str, rank: int) -> None:
     # Of rank 2, at 2 ranks, the reference itself moves by 8e-6 in 100 steps when it begins 1e-15 away.
     compare_one_way(algorithm, LowRank(rank), maps.power_sgd(rank), {1: 1e-5, 2: 1e-4}[rank])

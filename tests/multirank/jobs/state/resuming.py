@@ -13,7 +13,7 @@ from horovod.torch.elastic import TorchState
 from hvd_compress import DEF, EF, LIEC, CountSketch, DistEF, GlobalSketch, Policy, RandomBlock, TopK
 from tests.multirank.support.algorithm_cases import BLOCK, EXACT, LOSSY, LOSSY_WITH_OPTIONS
 from tests.multirank.support.assertions import close, same_everywhere
-from tests.multirank.support.cases import PerJob, cases
+from tests.multirank.support.cases import cases, more_in_full
 from tests.multirank.support.checkpoints import POINTS, resumes_exactly, through_a_file
 from tests.multirank.support.internals import residuals
 from tests.multirank.support.networks import flat, network
@@ -59,7 +59,7 @@ def check_resume_is_bit_exact(compression: Any, point: str) -> None:
     resumes_exactly(lambda seed: make(compression, seed=seed), 10, 10, harmonic_rate, point)
 
 
-@cases(compression=PerJob(lambda job: POLICIES + MORE_POLICIES if job.full else POLICIES), point=POINTS)
+@cases(compression=more_in_full(POLICIES, MORE_POLICIES), point=POINTS)
 def check_policies_resume_exactly(compression: Any, point: str) -> None:
     resumes_exactly(lambda seed: make(compression, seed=seed), 6, 7, dropping_rate, point)
 
