@@ -90,7 +90,7 @@ class BucketState(abc.ABC):
 
     @abc.abstractmethod
     def restore(self, parts: Mapping[str, SavedParameter], own: bool) -> set[str]:
-        """Take over what other states have saved of these parameters; the residual starts from their pending updates.
+        """Take over what other states have saved of these parameters; nothing is pending yet.
 
         Args:
             parts: saved parameters by name; some of the bucket's may be missing.
@@ -99,10 +99,6 @@ class BucketState(abc.ABC):
         Returns:
             Names of the parameters whose pending update is in the residual now.
         """
-
-    def reset_from_parameters(self) -> None:
-        """Start again from the parameters as they are, with an empty residual: a plain torch state was loaded."""
-        self.clear_residual()
 
     @abc.abstractmethod
     def residual_vector(self) -> Optional[Tensor]:

@@ -51,7 +51,7 @@ class EF(GradientAlgorithm):
 
 
 class _EFState(GradientState):
-    """The residual e_k, which becomes p_k as gradients arrive.
+    """The residual e_k, and p_k, which is formed as gradients arrive and becomes the next residual.
 
     The aggregate goes into the tensors that backward has left in ``p.grad``, which are zeroed while payloads
     travel: a buffer of our own would cost as much memory again, and freeing theirs page faults. Until then
@@ -63,44 +63,31 @@ class _EFState(GradientState):
         self.has_residual = not isinstance(config.compressor, Identity)
         self._schedule = ExchangeSchedule(bucket, config.compressor, context)
         self._exchange = self._schedule.at(0)
-        self._residual = bucket.flat_buffer(bucket.state_dtype)
+        self._residual, self._compensated = (bucket.flat_buffer(bucket.state_dtype) for _ in range(2))
         self._targets: list[Optional[Tensor]] = [None] * len(bucket.parameters)
         self._ratio: Optional[float] = None  # of this step, once its first gradient has arrived
         self._loss_scale = 1.0
 
-    def _begin_step(self, rate: Rate) -> None:
+    def _begin_step(self, rate: Rate) -> float:
+        """Return the factor of the residual at this step."""
         if self._ratio is None:
             self._ratio = self.residual_rescale(rate, self._config.rescale_residual)
             self._loss_scale = rate.loss_scale
-
-    def _compensate(self, views: list[Tensor], gradients: list[Tensor]) -> None:
-        """Compute ``p = g + ratio * e``, in place of e."""
-        ratio = 1.0 if self._ratio is None else self._ratio
-        if ratio != 1.0 and self._loss_scale == 1.0 and self.bucket.device.type == "cpu":
-            for view, gradient in zip(views, gradients):  # one pass over the residual instead of two
-                torch.add(gradient, view, alpha=ratio, out=view)
-            return
-        if ratio != 1.0:
-            torch._foreach_mul_(views, ratio)
-        torch._foreach_add_(views, gradients, alpha=1.0 / self._loss_scale)
+        return self._ratio
 
     def accumulate_grad(self, index: int, gradient: Tensor, rate: Rate) -> Optional[Tensor]:
-        self._begin_step(rate)
-        self._compensate([self._residual.views[index]], [gradient])
+        """Compute ``p = g + ratio * e`` for one parameter."""
+        ratio, out = self._begin_step(rate), self._compensated.views[index]
+        if self._loss_scale != 1.0:
+            torch.mul(gradient, 1.0 / self._loss_scale, out=out)
+            gradient_unscaled = out
+        else:
+            gradient_unscaled = gradient
+        torch.add(gradient_unscaled, self._residual.views[index], alpha=ratio, out=out)
         self._targets[index] = gradient
         return gradient
 
     def discard_step(self) -> None:
-        """Forget that the step has begun; what was accumulated stays in the residual and is sent with the next step."""
-        self._rescale_rest([i for i, target in enumerate(self._targets) if target is None])
-        self._end_step()
-
-    def _rescale_rest(self, indices: list[int]) -> None:
-        """Bring residuals that met no gradient at this step to its rate."""
-        if indices and self._ratio is not None and self._ratio != 1.0:
-            torch._foreach_mul_([self._residual.views[i] for i in indices], self._ratio)
-
-    def _end_step(self) -> None:
         self._targets = [None] * len(self._targets)
         self._ratio = None
 
@@ -108,18 +95,30 @@ class _EFState(GradientState):
         self._exchange.drain()
 
     def start(self, step: int, gradients: Sequence[Optional[Tensor]], rate: Rate) -> None:
-        self._begin_step(rate)
-        found = [(i, g) for i, g in enumerate(gradients) if g is not None and self._targets[i] is None]
-        if found:
-            self._compensate([self._residual.views[i] for i, _ in found], [g for _, g in found])
-        for i, g in found:
-            self._targets[i] = g
-        self._rescale_rest([i for i, target in enumerate(self._targets) if target is None])
-        self._ratio = 1.0  # all of the residual has this step's rate now
+        ratio = self._begin_step(rate)
+        self._compensate([i for i, target in enumerate(self._targets) if target is None], gradients, ratio)
+        self._targets = list(gradients)
         self._exchange = self._schedule.at(step)
         self._exchange.set_step(step)
-        self._exchange.encode(self._residual.flat)
+        self._exchange.encode(self._compensated.flat)
         self._exchange.launch()
+
+    def _compensate(self, indices: Sequence[int], gradients: Sequence[Optional[Tensor]], ratio: float) -> None:
+        """Compute ``p = g + ratio * e`` for some of the bucket's parameters; a missing gradient counts as zeros."""
+        p, e = self._compensated, self._residual
+        found = [(p.views[i], g) for i in indices if (g := gradients[i]) is not None]
+        missing = [p.views[i] for i in indices if gradients[i] is None]
+        if missing:
+            torch._foreach_zero_(missing)
+        if found:
+            views = [view for view, _ in found]
+            torch._foreach_copy_(views, [g for _, g in found])
+            if self._loss_scale != 1.0:
+                torch._foreach_mul_(views, 1.0 / self._loss_scale)
+        if len(indices) == len(gradients):
+            p.flat.add_(e.flat, alpha=ratio)
+        elif indices:
+            torch._foreach_add_([p.views[i] for i in indices], [e.views[i] for i in indices], alpha=ratio)
 
     def next_round(self) -> None:
         self._exchange.next_round()
@@ -128,11 +127,15 @@ class _EFState(GradientState):
         targets = [_room(t, view, self.bucket.dtype) for t, view in zip(self._targets, self._residual.views)]
         torch._foreach_zero_(targets)
         self._exchange.wait()
-        # Only now does what was sent leave the residual: had the exchange failed, nothing would be lost.
-        self._exchange.subtract_sent(self._residual.flat)
+        self._exchange.subtract_sent(self._compensated.flat)
         self._exchange.write_aggregate([t.as_strided((t.numel(),), (1,)) for t in targets], self._loss_scale)
-        self._end_step()
         return targets
+
+    def commit(self) -> None:
+        super().commit()
+        self._residual, self._compensated = self._compensated, self._residual
+        self._exchange.commit()
+        self.discard_step()
 
     def buffers(self) -> dict[str, FlatBuffer]:
         return {"residual": self._residual, **self._exchange.warm_start()}

@@ -15,6 +15,9 @@ from hvd_compress.comm.communicator import Communicator
 class GradientState(BucketState):
     """Exchanges gradients: ``accumulate_grad`` and ``start`` may run during backward, ``finish`` in ``synchronize()``.
 
+    A step is a transaction. Until ``commit``, which comes just before the wrapped optimizer steps with the results,
+    everything that the next step depends on is as it was before the first gradient; ``discard_step`` gives the step up.
+
     Attributes:
         has_residual: whether a gradient may count at later steps: then also a parameter without one has a result.
         residual_lr: learning rate at which the residual is an update; None: the rate of the step it is sent at.
@@ -22,6 +25,7 @@ class GradientState(BucketState):
 
     has_residual: bool = True
     residual_lr: Optional[float] = None
+    _step_lr: Optional[float] = None
 
     def accumulate_grad(self, index: int, gradient: Tensor, rate: Rate) -> Optional[Tensor]:
         """Take the final gradient of the bucket's parameter ``index`` while it is still in the cache.
@@ -34,7 +38,7 @@ class GradientState(BucketState):
 
     @abc.abstractmethod
     def discard_step(self) -> None:
-        """Forget that the step has begun: it will not be finished."""
+        """Forget that the step has begun, perhaps also finished: its results are not used."""
 
     @abc.abstractmethod
     def drain(self) -> None:
@@ -48,22 +52,25 @@ class GradientState(BucketState):
     def finish(self) -> list[Tensor]:
         """Wait, and return what ``p.grad`` shall be, for each parameter of the bucket."""
 
+    def commit(self) -> None:
+        """Remember what this step has changed: the wrapped optimizer steps with its results."""
+        self.residual_lr = self._step_lr
+
     def residual_rescale(self, rate: Rate, rescale: bool) -> float:
-        """Go on to the rate of this step and return the factor that keeps the residual's update as it was.
+        """Return the factor that keeps the residual's update as it was at the rate of this step.
 
         A rate of 0 is passed over: the residual counts at the last positive one.
 
         Args:
             rescale: the algorithm's ``rescale_residual``; False: the factor is always 1.
         """
+        self._step_lr = self.residual_lr
         if not rescale or rate.scale_free:
-            self.residual_lr = None
-            return 1.0
-        if rate.lr <= 0:
-            return 1.0
-        factor = self.residual_lr / rate.lr if self.residual_lr else 1.0
-        self.residual_lr = rate.lr
-        return factor
+            self._step_lr = None
+        elif rate.lr > 0:
+            self._step_lr = rate.lr
+            return self.residual_lr / rate.lr if self.residual_lr else 1.0
+        return 1.0
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "residual_lr": self.residual_lr}

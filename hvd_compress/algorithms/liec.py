@@ -91,30 +91,24 @@ class _LIECState(GradientState):
     # -- one exchange ------------------------------------------------------------------------------------
 
     def start(self, step: int, gradients: Sequence[Optional[Tensor]], rate: Rate) -> None:
-        self._averaging = False  # also if the last one has failed
-        self._rescale_errors(rate)
+        if (former_shard_error := self._exchange.reshard()) is not None:
+            self.pending_buffer().flat.add_(former_shard_error)
+        factor = self.residual_rescale(rate, self._config.rescale_residual)
+        self._loss_scale = rate.loss_scale
         self._collect(gradients)
         g = self._direction.flat
         if rate.loss_scale != 1.0:
             g.mul_(1.0 / rate.loss_scale)
         if self._carried is not None:
-            g.add_(self._carried.flat)
-        if (step + 1) % self._config.averaging_period == 0:
-            self._launch_averaging()
+            g.add_(self._carried.flat, alpha=factor)
+        self._averaging = (step + 1) % self._config.averaging_period == 0
+        if self._averaging:
+            self._launch_averaging(factor)
         else:
             self._exchange.set_step(step)
+            self._exchange.rescale_server_error(factor)
             self._exchange.encode(g)
             self._exchange.launch()
-
-    def _rescale_errors(self, rate: Rate) -> None:
-        """Keep the server's error in update units: eta_{t-1} / eta_t times as much gradient."""
-        if (former_shard_error := self._exchange.reshard()) is not None:
-            self.pending_buffer().flat.add_(former_shard_error)
-        if (factor := self.residual_rescale(rate, self._config.rescale_residual)) != 1.0:
-            self._exchange.rescale_server_error(factor)
-            if self._carried is not None:
-                self._carried.flat.mul_(factor)
-        self._loss_scale = rate.loss_scale
 
     def _collect(self, gradients: Sequence[Optional[Tensor]]) -> None:
         """Copy gradients into the flat vector, zeros where one is missing."""
@@ -126,16 +120,15 @@ class _LIECState(GradientState):
         if found:
             torch._foreach_copy_([view for view, _ in found], [g for _, g in found])
 
-    def _launch_averaging(self) -> None:
-        """Send the local model and g_k, each server adding the error of its shard."""
+    def _launch_averaging(self, factor: float) -> None:
+        """Send the local model and g_k, each server adding the error of its shard, which counts ``factor`` times."""
         if self._mean is None:
             self._mean = _Mean(self.bucket, self._context)
         torch._foreach_copy_(self._mean.models.views, [p.data for p in self.bucket.parameters])
         self._mean.gradients.copy_(self._direction.flat)
         begin, end = self._exchange.span
-        self._mean.gradients[begin:end].add_(self._exchange.error, alpha=self._context.comm.size)
+        self._mean.gradients[begin:end].add_(self._exchange.error, alpha=self._context.comm.size * factor)
         self._mean.allreduce.launch()
-        self._averaging = True
 
     def next_round(self) -> None:
         if not self._averaging:
@@ -144,12 +137,13 @@ class _LIECState(GradientState):
     def finish(self) -> list[Tensor]:
         d = self._direction.flat
         if self._averaging:
-            self._finish_averaging()
+            assert self._mean is not None
+            self._mean.allreduce.wait()
+            d.copy_(self._mean.gradients)
         else:
             self._exchange.wait()
             self._exchange.subtract_sent(d)
             self._exchange.add_aggregate(d, 1.0)
-        self._carried, self._averaging = None, False
         scale = self._loss_scale * self._context.sum_factor
         if scale != 1.0:
             d.mul_(scale)
@@ -157,23 +151,25 @@ class _LIECState(GradientState):
             self._out.flat.copy_(d)
         return [view.detach() for view in self._out.views]  # the user may give them other memory: p.grad.data = ...
 
-    def _finish_averaging(self) -> None:
+    def commit(self) -> None:
+        super().commit()
+        self._carried = None
+        if not self._averaging:
+            self._exchange.commit()
+            return
         assert self._mean is not None
-        self._mean.allreduce.wait()
         with torch.no_grad():
             torch._foreach_copy_([p.data for p in self.bucket.parameters], self._mean.models.views)
-        self._direction.flat.copy_(self._mean.gradients)
         self._exchange.clear_server_error()
 
     def discard_step(self) -> None:
-        """Return at once: nothing is accumulated before ``start``."""
+        """Return at once: everything that ``start`` has changed is made anew by the next one."""
 
     def drain(self) -> None:
         if self._averaging and self._mean is not None:
             self._mean.allreduce.wait()
         else:
             self._exchange.drain()
-        self._averaging = False
 
     # -- points and residual -----------------------------------------------------------------------------
 

@@ -79,25 +79,18 @@ class ModelPoints:
             self.write_local_point()
             torch._foreach_copy_([self.local.views[i] for i in kept], [before.views[i] for i in kept])
 
-    def restore_point(self, found: Tensor, saved_point: Tensor) -> bool:
-        """Decide where the model is, once x and e have been restored.
+    def reset_to(self, point: Tensor) -> None:
+        """Make ``point`` (flat) the shared model, and this rank's own."""
+        self.shared.flat.copy_(point)
+        self.coefficient = 0.0
+        self.write_local_point()
 
-        Parameters that are neither the restored shared model nor this rank's saved point are a model that the user has
-        loaded, and become the shared one.
+    def is_at(self, found: Tensor, own_point: Tensor) -> bool:
+        """Return whether ``found`` (flat parameters) is the shared model or ``own_point``, up to rounding.
 
-        Args:
-            found: the flat parameters as the user left them.
-            saved_point: this rank's own point as it was saved, flat.
-
-        Returns:
-            True if the model is the restored one, False if it is the user's.
+        Another build or device may round the last bit of a rank's own point differently.
         """
         if not found.numel():
             return True
-        # Another build or device may round the last bit of a rank's own point differently.
         slack = 8 * torch.finfo(found.dtype).eps * self.shared.flat.abs().max()
-        if any(bool((found - point).abs().max() <= slack) for point in (saved_point, self.shared.flat)):
-            return True
-        self.local.flat.copy_(found)
-        self.set_shared_from_params()
-        return False
+        return any(bool((found - point).abs().max() <= slack) for point in (own_point, self.shared.flat))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Mapping, Optional, Union, cast
+from typing import Any, Mapping, Optional, Sequence, Union, cast
 
 import torch
 from torch import Tensor
@@ -93,6 +93,7 @@ class UpdateState(BucketState):
         """Compute ``e = e - C(e);  x = x - aggregate;  z = x - coefficient * e``."""
         self.exchange.subtract_sent(self.points.residual.flat)
         self.exchange.add_aggregate(self.points.shared.flat, -1.0)
+        self.exchange.commit()
         self.points.write_local_point()
 
     def mask_momentum(self) -> None:
@@ -109,10 +110,9 @@ class UpdateState(BucketState):
         return list(pieces(self.points.shared.flat, self.bucket.layout.numels))
 
     def reset_to(self, point: Tensor) -> None:
-        self.points.shared.flat.copy_(point)
         self.has_unsent_local_steps = False
         self.clear_residual()
-        self.points.write_local_point()
+        self.points.reset_to(point)
 
     def residual_vector(self) -> Optional[Tensor]:
         server = self.exchange.server_error()
@@ -150,43 +150,45 @@ class UpdateState(BucketState):
         self._lr, self.points.coefficient = float(saved["lr"]), float(saved["local_coefficient"])
         self.has_unsent_local_steps = bool(saved["has_unsent_local_steps"])
         if "buffers" in saved:
-            found = self.points.local.flat.clone()
+            points = self.points
+            found, model = points.local.flat.clone(), points.shared.flat.clone()
             super().load_state_dict(saved)
             if not self.has_unsent_local_steps:
-                self.points.write_local_point()
-            self.points.restore_point(found, self.points.local.flat)
+                points.write_local_point()
+            if not points.is_at(found, points.local.flat):
+                points.reset_to(model)
+                points.local.flat.copy_(found)
+
+    def reset_to_model(self, overwritten: Sequence[bool]) -> None:
+        """Leave nothing pending, and the model in the parameters.
+
+        Args:
+            overwritten: for each parameter whether a script has written it: then it is the model's as it is.
+        """
+        points, self.has_unsent_local_steps = self.points, False
+        self.clear_residual()
+        written = [(x, z) for x, z, new in zip(points.shared.views, points.local.views, overwritten) if new]
+        if written:
+            torch._foreach_copy_([x for x, _ in written], [z for _, z in written])
+        points.coefficient = 0.0
+        points.write_local_point()
 
     def restore(self, parts: Mapping[str, SavedParameter], own: bool) -> set[str]:
         names, points = self.bucket.layout.names, self.points
-        found = points.local.flat.clone()
-        self.clear_residual()
-        self.has_unsent_local_steps, points.coefficient = False, 0.0
         restored = all(name in parts and parts[name].shared is not None for name in names)
         if restored:
+            found, model = points.local.flat.clone(), points.shared.flat.clone()
             saved_point = self.bucket.flat_buffer(self.bucket.dtype)
             for name, x, z in zip(names, points.shared.views, saved_point.views):
                 x.copy_(cast(Tensor, parts[name].shared))
                 z.copy_(cast(Tensor, parts[name].local))
+            restored = points.is_at(found, saved_point.flat)
+            if not restored:
+                points.shared.flat.copy_(model)
             points.write_local_point()
-            restored = points.restore_point(found, saved_point.flat)
-        else:
-            points.set_shared_from_params()
         pending = {n: (p.pending, p.lr) for n, p in parts.items() if own and p.pending is not None and p.lr is not None}
         taken = add_to_views(points.residual, names, pending)
         if restored and len({parts[name].coefficient for name in names}) == 1:
             points.coefficient = parts[names[0]].coefficient
             points.write_local_point()
         return taken
-
-    def reset_from_parameters(self) -> None:
-        self.bucket.ensure_params_in(self.points.local)
-        if self.has_unsent_local_steps:
-            # All ranks compare their parameters before the next exchange, and so tell a loaded model from local steps.
-            self.has_unsent_local_steps = False
-            self.clear_residual()
-            return
-        found = self.points.local.flat.clone()
-        self.points.write_local_point()
-        self.points.restore_point(found, self.points.local.flat)
-        self.clear_residual()
-        self.points.write_local_point()

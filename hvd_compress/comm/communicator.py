@@ -13,7 +13,7 @@ import horovod.torch as hvd
 import torch
 from torch import Tensor
 
-Adasum, Average, Sum = hvd.Adasum, hvd.Average, hvd.Sum
+Adasum, Average, Max, Sum = hvd.Adasum, hvd.Average, hvd.Max, hvd.Sum
 Compression = hvd.Compression
 ProcessSet = hvd.ProcessSet
 global_process_set = hvd.global_process_set
@@ -78,6 +78,10 @@ class Handle:
 
     def __init__(self, handle: Optional[int] = None, result: Any = None, comm: Optional[Communicator] = None) -> None:
         self._handle, self._result, self._comm = handle, result, comm
+
+    def done(self) -> bool:
+        """Return True if ``wait`` would return at once."""
+        return self._handle is None or bool(hvd.poll(self._handle))
 
     def wait(self) -> Any:
         """Block until the collective is done, leaving the processor to others, and return its result.
@@ -151,7 +155,7 @@ class Communicator:
     def allreduce_async(
         self, tensor: Tensor, name: str, op: int = Average, prescale: float = 1.0, postscale: float = 1.0
     ) -> Handle:
-        """Start to sum or average ``tensor`` (contiguous; int32, int64, float16/32/64) over ranks, in place."""
+        """Start to reduce ``tensor`` (contiguous; int32, int64, float16/32/64) over ranks by ``op``, in place."""
         if self.size == 1:
             if prescale * postscale != 1.0:
                 tensor.mul_(prescale * postscale)
@@ -168,7 +172,7 @@ class Communicator:
         return Handle(handle, comm=self)
 
     def allreduce(self, tensor: Tensor, name: str, op: int = Average) -> Tensor:
-        """Sum or average ``tensor`` over ranks, in place, and return it."""
+        """Reduce ``tensor`` over ranks by ``op`` (Average, Sum, Max), in place, and return it."""
         self.allreduce_async(tensor, name, op).wait()
         return tensor
 

@@ -111,7 +111,7 @@ class SummableCodec(Codec):
 class JointCodec(abc.ABC):
     """A codec whose payload is made in rounds, each of them from the mean over ranks of the one before.
 
-    The result is the same on all ranks, and each rank's residual is taken against it.
+    The result is the same on all ranks. It is the mean of what each of them has contributed.
 
     Attributes:
         numels: elements of the payload of each round.
@@ -136,7 +136,14 @@ class JointCodec(abc.ABC):
 
     @abc.abstractmethod
     def accumulate(self, flat: Tensor, alpha: float) -> None:
-        """Add ``alpha`` times the decoded result of all rounds to ``flat``."""
+        """Add ``alpha`` times the decoded result of all rounds to ``flat``; the same bits on every rank."""
+
+    @abc.abstractmethod
+    def subtract_sent(self, flat: Tensor) -> None:
+        """Subtract from ``flat``, of which the payloads were encoded, what this rank has contributed to the result."""
+
+    def commit(self) -> None:  # noqa: B027
+        """Remember what improves the next step: the step is taken."""
 
     def warm_start(self) -> dict[str, list[Tensor]]:
         """Return the state that improves the next step, by kind: one tensor per parameter, the same on every rank."""

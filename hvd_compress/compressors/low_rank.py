@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hvd_compress import validation
-from hvd_compress.compressors import counter_rng
+from hvd_compress.compressors import counter_rng, fixed_order
 from hvd_compress.compressors.base import Compressor, JointCodec, Payload
 from hvd_compress.compressors.counter_rng import tensor_key
 from hvd_compress.compressors.layout import Layout, pieces
@@ -21,7 +21,9 @@ class LowRank(Compressor):
 
     With M (n x m) and Q (m x r): ``P = M Q``, orthonormalised; ``Q = M^T P``; M is approximated by ``P Q^T``, its
     projection on the columns of P. Ranks average P before it is orthonormalised, and Q, so that the result is
-    that of their mean matrix. A bucket's codec starts the next step with the last Q (warm start), which is
+    that of their mean matrix (algorithm 2). What rank k has sent of its own matrix M_k is ``P Q_k^T`` with its own
+    ``Q_k = M_k^T P``; the mean of these is ``P Q^T``. So its residual is what its own projection loses, however much
+    the ranks' matrices differ. A bucket's codec starts the next step with the last Q (warm start), which is
     subspace iteration if the matrix remains the same.
 
     A tensor is viewed as a matrix of its first dimension by the others; dimensions of one element are left out.
@@ -65,7 +67,8 @@ class LowRank(Compressor):
             return Payload(tensor.reshape(-1).clone(), tensor.shape, tensor.dtype, context)
         matrix = tensor.reshape(n, m).to(torch.float64 if tensor.dtype == torch.float64 else torch.float32)
         start = counter_rng.nearly_normal(tensor_key(self.seed, f"{name}\0{step}"), (m, r), tensor.device)
-        p = torch.linalg.qr(matrix @ start.to(matrix.dtype)).Q
+        p = matrix @ start.to(matrix.dtype)
+        fixed_order.orthonormalise(p.unsqueeze(0))
         q = matrix.t() @ p
         return Payload(torch.cat((p.reshape(-1), q.reshape(-1))), tensor.shape, tensor.dtype, context)
 
@@ -110,71 +113,89 @@ class LowRankCodec(JointCodec):
         self._p_total = sum(x.n * x.r for x in self._by_p)
         self.numels = (self._p_total + sum(layout.numels[i] for i in self._whole), sum(x.m * x.r for x in self._by_q))
 
-        # The first round as received, with orthonormalised factors; the second, with which the next step starts.
+        # The first round as received, with orthonormalised factors; the second as this rank has sent it, and as
+        # received; the Q with which the next step starts, and those with which this one has.
         self._first = torch.zeros(self.numels[0], dtype=dtype, device=device)
-        self._second = torch.zeros(self.numels[1], dtype=dtype, device=device)
+        self._own, self._second, self._warm, self._start = (
+            torch.zeros(self.numels[1], dtype=dtype, device=device) for _ in range(4)
+        )
         keys = [tensor_key(config.seed, layout.names[x.position]) for x in self._by_q]
         drawn = [counter_rng.nearly_normal(key, (x.m, x.r), device).view(-1) for key, x in zip(keys, self._by_q)]
         self._cold = torch.cat(drawn).to(dtype) if drawn else self._second.clone()
         for batch in _batches(self._cold, self._q_runs):
             batch.div_(batch.abs().amax(dim=1, keepdim=True))
-        self._p, self._q = self._ps(self._first), self._qs(self._second)
+        self._p, self._own_q, self._q = self._ps(self._first), self._qs(self._own), self._qs(self._second)
+        self._warm_q, self._start_q = self._qs(self._warm), self._qs(self._start)
         self.reset()
 
     def reset(self) -> None:
         """Discard the warm start, so that the next step starts with the Q drawn from (seed, name)."""
-        self._second.copy_(self._cold)
+        self._warm.copy_(self._cold)
 
     def encode(self, index: int, flat: Tensor, payload: Tensor) -> None:
         parts = pieces(flat, self._numels)
         if index == 0:
-            self._rescale_columns()
+            self._choose_start()
             for i, p in self._ps(payload).items():
-                torch.mm(parts[i].view(len(p), -1), self._q[i], out=p)
+                torch.mm(parts[i].view(len(p), -1), self._start_q[i], out=p)
             if self._whole:
                 torch.cat([parts[i] for i in self._whole], out=payload[self._p_total :])
         else:
             for i, q in self._qs(payload).items():
                 torch.mm(parts[i].view(-1, len(q)).t(), self._p[i], out=q)
+            self._own.copy_(payload)
 
     def receive(self, index: int, payload: Tensor) -> None:
-        """Accept the mean over ranks and orthonormalise P, from the same bits on every rank.
+        """Accept the mean over ranks and orthonormalise P: the same bits on every rank, before and after.
 
-        The columns are orthonormal even if P is zero or of lower rank (Householder reflections).
+        Where P has a lower rank than it has columns, some of them become zero instead of rounding noise.
         """
         if index:
             self._second.copy_(payload)
             return
         self._first.copy_(payload)
         for batch in _batches(self._first, self._p_runs):
-            batch.copy_(torch.linalg.qr(batch).Q)
+            fixed_order.orthonormalise(batch)
+
+    def subtract_sent(self, flat: Tensor) -> None:
+        """Subtract ``P Q_k^T``, with this rank's own Q_k; tensors that are sent whole become zero."""
+        parts = pieces(flat, self._numels)
+        for i, p in self._p.items():
+            q = self._own_q[i]
+            parts[i].view(len(p), len(q)).addmm_(p, q.t(), alpha=-1.0)
+        if self._whole:
+            torch._foreach_zero_([parts[i] for i in self._whole])
 
     def accumulate(self, flat: Tensor, alpha: float) -> None:
         parts = pieces(flat, self._numels)
         for i, p in self._p.items():
             q = self._q[i]
-            parts[i].view(len(p), len(q)).addmm_(p, q.t(), alpha=alpha)
+            fixed_order.add_product(parts[i].view(len(p), len(q)), p, q, alpha)
         if self._whole:
             received = pieces(self._first[self._p_total :], [self._numels[i] for i in self._whole])
             torch._foreach_add_([parts[i] for i in self._whole], list(received), alpha=alpha)
+
+    def commit(self) -> None:
+        self._warm.copy_(self._second)
 
     def warm_start(self) -> dict[str, list[Tensor]]:
         """Return ``{"warm": [Q (m x r) of each tensor]}``, as views that may be written.
 
         A tensor that is sent whole has no elements there.
         """
-        nothing = self._second[:0]
-        return {"warm": [self._q.get(i, nothing) for i in range(len(self._numels))]}
+        nothing = self._warm[:0]
+        return {"warm": [self._warm_q.get(i, nothing) for i in range(len(self._numels))]}
 
-    def _rescale_columns(self) -> None:
-        """Scale the columns of Q to a largest element of 1, and replace those that are zero or not finite.
+    def _choose_start(self) -> None:
+        """Start from the last Q, its columns scaled to a largest element of 1, or drawn where zero or not finite.
 
         The columns of P then span the same space, but have the magnitude of M and not of its square, which may be
         out of range. Zero columns would remain zero for ever, so the drawn ones take their place.
         """
-        for last, cold in zip(_batches(self._second, self._q_runs), _batches(self._cold, self._q_runs)):
+        batches = (_batches(values, self._q_runs) for values in (self._warm, self._cold, self._start))
+        for last, cold, start in zip(*batches):
             size = last.abs().amax(dim=1, keepdim=True)
-            last.copy_(torch.where((size > 0) & (size < float("inf")), last / size, cold))
+            start.copy_(torch.where((size > 0) & (size < float("inf")), last / size, cold))
 
     def _ps(self, payload: Tensor) -> dict[int, Tensor]:
         """Return views of every P in a payload of the first round, by position in the layout."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Sequence, cast
+from typing import Any, Callable, Optional, Sequence, cast
 
 import torch
 from torch import Tensor
@@ -25,9 +25,12 @@ class GradientReducer(Reducer):
     ) -> None:
         super().__init__(optimizer, names, comm, options)
         self._rates = RatesInBackward()
-        self._checks_ranks = not options.algorithm.allreduce_only
         self._ready: list[int] = []  # of each bucket, the number of its gradients that are final
+        self._complete: list[int] = []  # buckets that only wait for the step's check
         self._started: set[int] = set()
+        # What p.grad was given by an exchange that no step has used yet, with the version of its content.
+        self._left: dict[Parameter, tuple[Tensor, int]] = {}
+        self._exchanged = False
 
     @property
     def states(self) -> Sequence[GradientState]:
@@ -36,9 +39,9 @@ class GradientReducer(Reducer):
 
     # -- during backward ---------------------------------------------------------------------------------
 
-    def _on_first(self) -> None:
-        if self._checks_ranks:
-            self._check.launch_check(())
+    def _on_first(self, parameter: Parameter) -> None:
+        self._end_unused_step(parameter)
+        super()._on_first(parameter)
 
     def _on_ready(self, parameter: Parameter) -> None:
         index = self._partition.home.get(parameter)
@@ -56,12 +59,14 @@ class GradientReducer(Reducer):
             if target is not None and target is not gradient:
                 parameter.grad = target
         if self._ready[index] == len(state.bucket.parameters):
-            self._start(index)
+            self._complete.append(index)
+        if self._complete and self._hear_check():
+            for complete in self._complete:
+                self._start(complete)
+            self._complete = []
 
     @no_compile
     def _start(self, index: int) -> None:
-        if self._checks_ranks:
-            self._check.require_all_ranks()
         state = self.states[index]
         gradients = [
             p.grad.to_dense() if p.grad is not None and p.grad.is_sparse else p.grad for p in state.bucket.parameters
@@ -81,6 +86,7 @@ class GradientReducer(Reducer):
             True if a rank's scaled gradients overflowed: then nothing was exchanged, no residual was
             touched, and every rank has an infinity in its gradients, for its GradScaler to find.
         """
+        self._end_unused_step()
         self.sync_buckets()
         tracked = self.tracker.tracked
         if self.tracker.scaler is not None and self.comm.any_rank(grad_scaler.overflowed(tracked)):
@@ -97,8 +103,7 @@ class GradientReducer(Reducer):
         finally:
             # Also after a failed collective: an elastic job goes on from here.
             self.reset_pass_counts()
-        self.step += 1
-        self.recorder.close_step()
+        self._exchanged = True
         return False
 
     def _exchange(self) -> None:
@@ -118,6 +123,7 @@ class GradientReducer(Reducer):
             result = wait()
             if parameter.grad is not None or self.tracker.counts_passes:
                 parameter.grad = result
+                self._left[parameter] = (result, result._version)
 
     def _write_gradients(self, state: GradientState) -> None:
         for parameter, result in zip(state.bucket.parameters, state.finish()):
@@ -127,6 +133,7 @@ class GradientReducer(Reducer):
                 result = result.to_sparse(1)
             if parameter.grad is not result:
                 parameter.grad = result
+            self._left[parameter] = (result, result._version)
 
     def wrap_closure(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         """Return a closure whose gradients are exchanged and whose loss is averaged each time it runs."""
@@ -136,6 +143,7 @@ class GradientReducer(Reducer):
                 loss = closure()
             if self.comm.member:
                 self.synchronize()
+                self.before_step()
             return self._mean_loss(loss)
 
         return synchronized_closure
@@ -149,25 +157,72 @@ class GradientReducer(Reducer):
         mean = self.comm.allreduce(value, "loss")
         return mean.to(loss.dtype) if isinstance(loss, Tensor) else float(mean)
 
+    # -- the step is taken, or given up --------------------------------------------------------------------
+
+    def before_step(self) -> None:
+        """Let what the exchange has changed count: the wrapped optimizer is about to step with its results."""
+        if self._exchanged:
+            for state in self.states:
+                state.commit()
+            self._end_exchange()
+            self.step += 1
+            self.recorder.close_step()
+
+    def discard_step(self) -> None:
+        for state in self.states:
+            state.discard_step()
+        self._end_exchange()
+        super().discard_step()
+
+    def _end_exchange(self) -> None:
+        self._exchanged = False
+        self._left.clear()
+
+    def _end_unused_step(self, parameter: Optional[Parameter] = None) -> None:
+        """Take or give up an exchange that no step has followed, as new gradients have arrived.
+
+        If they were added to its results, which are still in p.grad, these are used, and count. If p.grad was zeroed or
+        replaced, they were thrown away.
+
+        Args:
+            parameter: the one with the first new gradient; None if this rank has none.
+        """
+        if not self._exchanged:
+            return
+        if parameter is None:
+            used = any(p.grad is left for p, (left, _) in self._left.items())
+        else:
+            left, version = self._left.get(parameter, (None, 0))
+            used = left is not None and parameter.grad is left and left._version == version + 1
+        if used:
+            self.before_step()
+            return
+        for state in self.states:
+            state.discard_step()
+        self._end_exchange()
+
+    def has_new_gradients(self) -> bool:
+        """Return whether this rank has gradients that no exchange has seen, also such as were not made by backward."""
+        return self.tracker.fired or any(
+            p.grad is not None and p.grad is not self._left.get(p, (None, 0))[0] for p in self.tracker.tracked
+        )
+
     # -- bookkeeping -------------------------------------------------------------------------------------
 
     def set_passes(self, passes: int) -> None:
-        if self.tracker.fired:
-            # Buckets that were started need their names and buffers again, and peers may have started others (after a
-            # failure in an elastic job no peer answers any more).
-            if self._started and not is_elastic():
-                for index in range(len(self.states)):
-                    if index not in self._started:
-                        self._start(index)
-                for state in self.states:
-                    state.drain()
+        # Buckets that were started need their names and buffers again, and peers may have started others (after a
+        # failure in an elastic job no peer answers any more).
+        if self._started and not is_elastic():
+            for index in range(len(self.states)):
+                if index not in self._started:
+                    self._start(index)
             for state in self.states:
-                state.discard_step()
+                state.drain()
         super().set_passes(passes)
 
     def reset_pass_counts(self) -> None:
         super().reset_pass_counts()
-        self._started = set()
+        self._started, self._complete = set(), []
         self._ready = [0] * len(self.states)
 
     def build(self) -> None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import abc
-from typing import Any, Callable, Sequence, cast
+import hashlib
+from typing import Any, Callable, Optional, Sequence, cast
 
 import torch
+from torch import Tensor
 from torch.nn import Parameter
 
 from hvd_compress.algorithms.base import State
 from hvd_compress.comm.communicator import Communicator, Reduction, is_elastic
 from hvd_compress.engine.agreement import Options, agree, parameter_item
 from hvd_compress.engine.bucketing import Partition
-from hvd_compress.engine.step_check import StepCheck
+from hvd_compress.engine.step_check import StepCheck, Verdict, largest, ranks_joined_error
 from hvd_compress.engine.tracker import ParameterTracker
 from hvd_compress.exchange import Context
 from hvd_compress.telemetry import Recorder
@@ -32,10 +34,10 @@ class Reducer(abc.ABC):
         options: its other arguments.
 
     Attributes:
-        step: exchanges done so far, the same on every rank.
-        local_steps_done: steps of the wrapped optimizer since the last exchange.
+        step: exchanges done so far, the same on every rank once a step's check has arrived.
+        local_steps_done: steps of the wrapped optimizer since the last exchange; as ``step``.
         on_build: called with the states of new buckets.
-        on_sync: called before each exchange, to take over what a broadcast has left.
+        on_sync: called before a step is checked, to take over what a broadcast has left.
     """
 
     def __init__(
@@ -48,6 +50,8 @@ class Reducer(abc.ABC):
         context = Context(comm, self.exchanged_reduction, self._optimizer_state)
         self._partition = Partition(options.algorithm, context, options.groups, options.sparse_as_dense)
         self._check = StepCheck(comm)
+        self._verdict: Optional[Verdict] = None  # of this step's check, once it has arrived
+        self._agreed = False
         self._built = False
         self.step = 0
         self.local_steps_done = 0
@@ -83,33 +87,111 @@ class Reducer(abc.ABC):
         """Return ``closure`` with what makes its gradients ready for the wrapped optimizer."""
 
     def before_step(self) -> None:  # noqa: B027
-        """Prepare for a step of the wrapped optimizer."""
+        """Prepare for a step of the wrapped optimizer, which is certain now."""
 
     def after_step(self) -> None:  # noqa: B027
         """Complete a step of the wrapped optimizer."""
 
+    def discard_step(self) -> None:
+        """Give up the step that has been synchronized: nothing that is remembered changes."""
+        self.reset_pass_counts()
+
+    def has_new_gradients(self) -> bool:
+        """Return whether this rank has gradients that ``synchronize`` has not seen."""
+        return self.tracker.fired
+
     def set_passes(self, passes: int) -> None:
         """Change the number of backward passes per step and count anew; a step that has begun is given up."""
+        self._check.forget(wait=not is_elastic())
+        self.discard_step()
         self.tracker.passes = passes
         self.reset_pass_counts()
-        self._check.forget()
 
     def reset_pass_counts(self) -> None:
         """Count backward passes anew."""
-        self._check.close_step()
+        self.forget_agreement()
         self.tracker.reset()
+
+    def reset_to_model(self) -> None:
+        """Leave nothing pending: a state is to be loaded, which says everything that is."""
+        for state in self.states:
+            state.clear_residual()
 
     def record_parameters(self) -> None:  # noqa: B027
         """Note the parameters as they are: the algorithm has placed them."""
 
     # -- gradients arrive --------------------------------------------------------------------------------
 
-    @abc.abstractmethod
-    def _on_first(self) -> None:
+    def _on_first(self, parameter: Parameter) -> None:
         """Act on the first gradient of a step."""
+        if self.tracker.counts_passes:
+            self._launch_check()
 
     def _on_ready(self, parameter: Parameter) -> None:  # noqa: B027
         """Act on a gradient that is final."""
+
+    # -- all ranks are at the same step ------------------------------------------------------------------
+
+    def _launch_check(self) -> None:
+        """Start to compare the step with other ranks' (collective), unless that has been done for this step."""
+        if not (self._agreed or self._check.launched or self._verdict is not None):
+            self.on_sync()
+            self._check.launch([self._step_digest()], self._overwrite_flags())
+
+    def _overwrite_flags(self) -> Optional[Tensor]:
+        """Return flags that the check sums besides."""
+        return None
+
+    def _step_digest(self) -> int:
+        """Return 63 bits that differ if step, parameters, groups or what is frozen differ."""
+        numbers = repr((self.step, self.local_steps_done)).encode()
+        digest = hashlib.blake2b(numbers + self.tracker.description(), digest_size=8).digest()
+        return int.from_bytes(digest, "little") >> 1
+
+    def _hear_check(self) -> bool:
+        """Return whether ranks agree on this step; never waits, so that a hook may ask."""
+        if self._check.arrived:
+            self._verdict = self._check.finish()
+            self._agreed = all(self._verdict.equal) and self._allows(self._verdict)
+        return self._agreed
+
+    def _allows(self, verdict: Verdict) -> bool:
+        return verdict.present == self.comm.size or self.algorithm.allreduce_only
+
+    def agree_on_step(self) -> Verdict:
+        """Wait for the step's check, and make the step common to all ranks (collective).
+
+        Raises:
+            ValueError: on every rank, if they have different parameters, or have frozen others.
+            RuntimeError: on every rank, if one has joined and the algorithm needs more than allreduces.
+        """
+        self._launch_check()
+        verdict = self._check.finish() if self._verdict is None else self._verdict
+        self._verdict = verdict
+        if not self._allows(verdict):
+            raise ranks_joined_error(self.comm.rank)
+        if not all(verdict.equal):
+            self._require_same_parameters(verdict)
+            self.step, self.local_steps_done = largest(self.comm, (self.step, self.local_steps_done))
+            self._verdict = verdict._replace(equal=(True,))
+        self._agreed = True
+        return verdict
+
+    def _require_same_parameters(self, verdict: Verdict) -> None:
+        described = int.from_bytes(hashlib.blake2b(self.tracker.description(), digest_size=8).digest(), "little") >> 1
+        self._check.launch([described])
+        if all(self._check.finish().equal):
+            return
+        if verdict.present == self.comm.size:
+            agree(self.comm, [parameter_item(entry) for entry in self.tracker.entries()])
+        raise ValueError(
+            f"DistributedOptimizer: ranks have different parameters, or have frozen others (this is rank "
+            f"{self.comm.rank}). Add, freeze and unfreeze parameters on all ranks alike"
+        )
+
+    def forget_agreement(self) -> None:
+        """Let the next step be checked anew: ranks have agreed for something that was no step."""
+        self._agreed, self._verdict = False, None
 
     # -- buckets -----------------------------------------------------------------------------------------
 
@@ -131,10 +213,5 @@ class Reducer(abc.ABC):
     def sync_buckets(self) -> None:
         """Bring buckets up to date with parameters that were added, loaded or broadcast since the last step."""
         self.track()
-        newcomers = self.tracker.newcomers
-        if newcomers and not is_elastic():
-            new = [entry for entry in self.tracker.entries() if entry.parameter in newcomers]
-            agree(self.comm, [parameter_item(entry) for entry in new])
-            newcomers.clear()
+        self.agree_on_step()
         self.build()
-        self.on_sync()

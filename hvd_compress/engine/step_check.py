@@ -1,158 +1,95 @@
-"""One small allreduce before each exchange: is every rank here, and which parameters were overwritten since the last?
+"""One small allreduce at the beginning of each step: is every rank here, at the same step, with the same parameters?
+
+What ranks draw or launch by a number of their own must be the same number. A step that begins by itself on each rank
+would take that for granted; after ``hvd.join()``, a broadcast, or a layer unfrozen on some ranks only it is not so, and
+ranks would send different coordinates as if they were the same, or wait for each other for ever. So nothing is launched
+before this check has arrived. It is sent with the first gradient, and never waited for during backward.
 
 Horovod can only do allreduces once a rank has called ``hvd.join()``; anything else raises, or brings the job down if
 Horovod has seen it before and answers from its cache. A rank that has joined takes part in an allreduce with zeros.
-
-Algorithms that exchange updates keep a shared model besides the parameters. A parameter that has been overwritten with
-the same values on every rank (by a broadcast, by loading a model) is the model's now. If each rank has changed its own
-(clipping weights, say), that is part of its update. Either way all ranks must decide alike, and the root of a broadcast
-sees nothing change; so the number of ranks that saw a parameter change is summed, for each parameter, while backward
-runs. Only if there is one, its values are compared over ranks.
 """
 
 from __future__ import annotations
 
-import warnings
-from typing import Optional, Sequence
+from typing import NamedTuple, Optional, Sequence
 
 import torch
 from torch import Tensor
 
-from hvd_compress.bucket import FlatBuffer
-from hvd_compress.comm.communicator import RANKS_JOINED, Communicator, Handle, Sum, is_elastic
-from hvd_compress.compressors.layout import pieces
-from hvd_compress.engine.replica_check import digest
+from hvd_compress.comm.communicator import RANKS_JOINED, Communicator, Handle, Max, Sum
 
-SAMPLES = 16  # per parameter, evenly spread: of a small one, every element
-# A digest of 63 bits as three words: the ranks' sum of a word, squared, is the number of ranks times the sum of
-# its squares only if all ranks have the same word; integers of 64 bits hold both.
+# A number of up to 63 bits travels as words: sums of words and of their squares over 2,048 ranks are exact in float64.
 WORDS, BITS = 3, 21
 
 
-class StepCheck:
-    """The check of one optimizer. Methods take its buckets' parameters; without any, only the ranks are counted.
+class Verdict(NamedTuple):
+    """The result of a check, the same on every rank.
 
     Attributes:
-        complete: whether no rank was missing when the check was last finished.
+        present: number of ranks that have not called ``hvd.join()``.
+        equal: for each number whether it is the same on all of them.
+        changes: the sums over ranks of the flags that were given besides.
     """
+
+    present: int
+    equal: tuple[bool, ...]
+    changes: list[float]
+
+
+class StepCheck:
+    """The check of one optimizer."""
 
     def __init__(self, comm: Communicator) -> None:
         self._comm = comm
-        self._recorded: list[Tensor] = []
-        self._index: list[Tensor] = []
+        self._numbers = 0
         self._row: Optional[Tensor] = None
         self._handle: Optional[Handle] = None
-        self._fresh = True
-        self._passed = False
-        self.complete = True
 
-    # -- every rank is here ------------------------------------------------------------------------------
+    @property
+    def launched(self) -> bool:
+        """True from ``launch`` to ``finish``."""
+        return self._handle is not None
 
-    def require_all_ranks(self) -> None:
-        """Raise RuntimeError, alike on every rank that takes part, if another has joined (collective, once a step)."""
-        if not self._passed:
-            self.launch_check(())
-            self.overwritten(())
-            self.raise_if_joined()
-            self._passed = True
+    @property
+    def arrived(self) -> bool:
+        """True if ``finish`` would not wait for another rank."""
+        return self._handle is not None and self._handle.done()
 
-    def raise_if_joined(self) -> None:
-        """Raise RuntimeError if a rank was missing at the last check."""
-        if not self.complete:
-            raise ranks_joined_error(self._comm.rank)
-
-    def close_step(self) -> None:
-        """Let the next step check the ranks anew."""
-        self._passed = False
-
-    # -- parameters that were overwritten ----------------------------------------------------------------
-
-    def record_parameters(self, points: Sequence[FlatBuffer]) -> None:
-        """Note the parameters as they are: the algorithm has placed them."""
-        self._recorded = self._sample(points)
-        self._fresh = False
-
-    def forget(self) -> None:
-        """Drop what was recorded: a state was loaded, or a step given up (on all ranks alike)."""
-        if self._handle is not None and not is_elastic():  # its name is needed again
-            self._handle.wait()
-        self._fresh, self._handle, self._row = True, None, None
-
-    def launch_check(self, points: Sequence[FlatBuffer]) -> None:
-        """Start to tell the other ranks what has changed (collective), unless that has been started for this step."""
-        if self._handle is not None or self._passed:
-            return
-        now = self._sample(points)
-        device = points[0].flat.device if points else torch.device("cpu")
-        if self._fresh:
-            changed = [torch.ones(len(values), dtype=torch.float32, device=device) for values in now]
-        else:
-            changed = [(a != b).any(1).to(device, torch.float32) for a, b in zip(now, self._recorded)]
+    def launch(self, numbers: Sequence[int], flags: Optional[Tensor] = None) -> None:
+        """Start to compare ``numbers`` over ranks, and to sum ``flags`` (any length and device; collective)."""
+        squared = [part for number in numbers for word in _words(number) for part in (word, word * word)]
         # A rank that has joined takes part with zeros, which shows in the first number.
-        self._row = torch.cat((torch.ones(1, dtype=torch.float32, device=device), *changed))
-        self._handle = self._comm.allreduce_async(self._row, "step_check", Sum)
+        row = torch.tensor([1, *squared], dtype=torch.float64)
+        if flags is not None:
+            row = torch.cat((row.to(flags.device), flags.to(torch.float64)))
+        self._numbers, self._row = len(numbers), row
+        self._handle = self._comm.allreduce_async(row, "step_check", Sum)
 
-    def overwritten(self, points: Sequence[FlatBuffer], first: bool = False) -> Optional[list[list[bool]]]:
-        """Finish what ``launch_check`` started (the host reads a row of numbers: the one synchronisation of a step).
-
-        Args:
-            points: as they were given to ``launch_check``, perhaps with new buckets at the end.
-            first: no step has been taken yet; warn if ranks start from different parameters.
-
-        Returns:
-            None if no rank saw a parameter change; else for each bucket and parameter whether it was overwritten,
-            with the same values on all ranks.
-        """
-        if self._handle is None or self._row is None:
-            return None
+    def finish(self) -> Verdict:
+        """Wait for what ``launch`` has started and return it (the one host synchronisation of a step)."""
+        assert self._handle is not None
+        assert self._row is not None
         handle, row = self._handle, self._row
         self._handle, self._row = None, None
         handle.wait()
-        present, *counts = row.tolist()
-        self.complete = present > self._comm.size - 0.5
-        if not any(counts):
-            return None
-        numels = [[view.numel() for view in point.views] for point in points[: len(self._index)]]
-        rest = iter(counts)
-        changed = [[numel > 0 and next(rest) > 0 for numel in some] for some in numels]
-        same = self._same(points, numels, changed, round(present))
-        if first and not all(map(all, same)):
-            warnings.warn(
-                f"hvd_compress: at the first step parameters differ between ranks (this is rank {self._comm.rank}); "
-                "call hvd.broadcast_parameters(model.state_dict(), root_rank=0) before training",
-                stacklevel=7,
-            )
-        return [[a and b for a, b in zip(*pair)] for pair in zip(changed, same)]
+        present, *rest = row.tolist()
+        words = list(zip(rest[0::2], rest[1::2]))[: WORDS * self._numbers]
+        # P numbers are equal if, and only if, the square of their sum is P times the sum of their squares.
+        same = [int(total) ** 2 == round(present) * int(squares) for total, squares in words]
+        equal = tuple(all(same[i : i + WORDS]) for i in range(0, len(same), WORDS))
+        return Verdict(round(present), equal, rest[2 * WORDS * self._numbers :])
 
-    def _sample(self, points: Sequence[FlatBuffer]) -> list[Tensor]:
-        """Return for each bucket the bits of its parameters' samples, a row per parameter that is not empty."""
-        if len(self._index) != len(points):
-            self._fresh = True
-            self._index = [_sample_index(point) for point in points]
-        samples = [_bits(point.flat).index_select(0, index) for point, index in zip(points, self._index)]
-        return [values.view(-1, SAMPLES) for values in samples]
+    def forget(self, wait: bool) -> None:
+        """Drop a check that has been launched; ``wait`` for it, as its name is needed again, unless a peer has died."""
+        if self._handle is not None and wait:
+            self._handle.wait()
+        self._handle, self._row = None, None
 
-    def _same(
-        self, points: Sequence[FlatBuffer], numels: list[list[int]], changed: list[list[bool]], present: int
-    ) -> list[list[bool]]:
-        """Return whether each changed parameter is the same on all ranks (collective); True for the others."""
-        if self._comm.size == 1:
-            return [[True] * len(some) for some in numels]
-        device = points[0].flat.device
-        nothing = torch.zeros((), dtype=torch.int64, device=device)
-        # All of a parameter is compared, not its samples: the shared model must not differ anywhere.
-        digests = torch.stack(
-            [
-                digest(piece).to(device) if compare else nothing
-                for point, some, flags in zip(points, numels, changed)
-                for piece, compare in zip(pieces(point.flat, some), flags)
-            ]
-        )
-        words = torch.stack([(digests >> (BITS * k)) & (2**BITS - 1) for k in range(WORDS)])
-        table = torch.stack((words, words.square()))
-        self._comm.allreduce(table, "step_check.same", Sum)
-        equal = iter((table[0].square() == table[1] * present).all(0).tolist())
-        return [[next(equal) for _ in some] for some in numels]
+
+def largest(comm: Communicator, numbers: Sequence[int]) -> list[int]:
+    """Return the largest of each number over ranks (collective)."""
+    found: list[int] = comm.allreduce(torch.tensor(list(numbers), dtype=torch.int64), "largest", Max).tolist()
+    return found
 
 
 def ranks_joined_error(rank: int) -> RuntimeError:
@@ -163,17 +100,5 @@ def ranks_joined_error(rank: int) -> RuntimeError:
     )
 
 
-def _bits(values: Tensor) -> Tensor:
-    return values.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()])
-
-
-def _sample_index(point: FlatBuffer) -> Tensor:
-    """Return the places of a flat vector that are sampled: SAMPLES for each parameter that is not empty."""
-    device, start = point.flat.device, 0
-    places = [torch.zeros(0, dtype=torch.int64, device=device)]
-    for view in point.views:
-        if view.numel():
-            even = torch.linspace(start, start + view.numel() - 1, SAMPLES, dtype=torch.float64, device=device)
-            places.append(even.round().to(torch.int64))
-        start += view.numel()
-    return torch.cat(places)
+def _words(number: int) -> list[int]:
+    return [(number >> (BITS * k)) & (2**BITS - 1) for k in range(WORDS)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import weakref
 from typing import Any, Callable, Iterator, Optional, cast
 
@@ -26,8 +27,7 @@ class ParameterTracker:
 
     Attributes:
         tracked: parameters that have a hook, in the order in which they got it.
-        newcomers: parameters that have been added since the ranks agreed on them.
-        on_first: called with the first gradient of a step.
+        on_first: called with the parameter of a step's first gradient.
         on_ready: called with each parameter whose gradient is final.
         scaler: the last GradScaler seen.
         scaled: whether this step's gradients came from it.
@@ -42,8 +42,7 @@ class ParameterTracker:
         self.names, self.passes = names, passes
         self._comm = comm
         self.tracked: list[Parameter] = []
-        self.newcomers: set[Parameter] = set()
-        self.on_first: Callable[[], None] = lambda: None
+        self.on_first: Callable[[Parameter], None] = lambda parameter: None
         self.on_ready: Callable[[Parameter], None] = lambda parameter: None
         self.scaler: Optional[Any] = None
         self.scaled = False
@@ -51,8 +50,8 @@ class ParameterTracker:
         self._passes_left: dict[Parameter, int] = {}
         # One rank needs no hooks to exchange, only to see loss scaling; passes are not counted then.
         self.counts_passes = comm.member and (comm.size > 1 or is_elastic())
+        self._described: tuple[object, bytes] = (None, b"")
         self.track()
-        self.newcomers.clear()
 
     @property
     def optimizer(self) -> Any:
@@ -92,9 +91,21 @@ class ParameterTracker:
                     found = True
                     self._passes_left[parameter] = self.passes
                     self.tracked.append(parameter)
-                    self.newcomers.add(parameter)
                     parameter.register_post_accumulate_grad_hook(weak_hook(self._on_gradient))
         return found
+
+    def description(self) -> bytes:
+        """Return bytes that differ if the parameters, their groups, or which of them are frozen, differ."""
+        groups = [group["params"] for group in self.optimizer.param_groups]
+        known = [id(p) for group in groups for p in group], [len(group) for group in groups]
+        if known != self._described[0]:
+            items = [
+                (entry.name, tuple(p.shape), str(p.dtype), p.stride(), entry.group)
+                for entry in self.entries()
+                if (p := entry.parameter) is not None
+            ]
+            self._described = known, hashlib.blake2b(repr(items).encode(), digest_size=8).digest()
+        return self._described[1] + bytes(p.requires_grad for group in groups for p in group)
 
     def reset(self) -> None:
         """Count backward passes anew: a step is complete, or given up."""
@@ -109,7 +120,7 @@ class ParameterTracker:
         if not self.fired:
             self.fired = True
             self.scaled = grad_scaler.running_scaler() is not None
-            self.on_first()
+            self.on_first(p)
         if self.scaled:
             self.scaler = grad_scaler.running_scaler()
         if not self.counts_passes:

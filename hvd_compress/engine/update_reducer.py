@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Sequence, cast
+from typing import Any, Callable, Optional, Sequence, cast
 
 import torch
+from torch import Tensor
 from torch.nn import Parameter
 
 from hvd_compress.algorithms.update_state import UpdateState
@@ -13,6 +14,7 @@ from hvd_compress.comm.communicator import Average, Communicator, Reduction
 from hvd_compress.engine import local_gradients
 from hvd_compress.engine.agreement import Options
 from hvd_compress.engine.learning_rate import learning_rate
+from hvd_compress.engine.overwritten import Overwritten
 from hvd_compress.engine.reducer import Reducer
 
 
@@ -23,6 +25,7 @@ class UpdateReducer(Reducer):
         self, optimizer: torch.optim.Optimizer, names: dict[Parameter, str], comm: Communicator, options: Options
     ) -> None:
         super().__init__(optimizer, names, comm, options)
+        self._overwritten = Overwritten(comm)
         self._stepping = False  # a closure's backward passes run inside the step
 
     @property
@@ -35,10 +38,13 @@ class UpdateReducer(Reducer):
         """The mean, whatever the op: with Sum the gradients have been multiplied before the step."""
         return Reduction(Average, self.reduction.predivide)
 
-    def _on_first(self) -> None:
-        if self._built and self.states and self.local_steps_done == 0 and not self._stepping:
+    def _on_first(self, parameter: Parameter) -> None:
+        if not self._stepping:
             self._ensure_params()
-            self._check.launch_check(self._points)
+            super()._on_first(parameter)
+
+    def _overwrite_flags(self) -> Optional[Tensor]:
+        return self._overwritten.flags(self._points)
 
     @property
     def _points(self) -> list[FlatBuffer]:
@@ -91,26 +97,42 @@ class UpdateReducer(Reducer):
         self._clip()
 
     def sync_buckets(self) -> None:
-        super().sync_buckets()
+        known = len(self.states)
         self._ensure_params()
-        if self.local_steps_done == 0 and self.states:
-            self._adopt_overwritten()
+        super().sync_buckets()
+        if self.states:
+            self._adopt_overwritten(known)
 
-    def _adopt_overwritten(self) -> None:
-        """Adopt as shared model the parameters that every rank has overwritten with equal values."""
-        self._check.launch_check(self._points)
-        before = self.comm.bytes_sent
-        overwritten = self._check.overwritten(self._points, first=self.step == 0)
+    def _adopt_overwritten(self, known: int) -> None:
+        """Adopt as shared model the parameters that every rank has overwritten with equal values.
+
+        Args:
+            known: number of buckets that the step's check has looked at; later ones are new.
+        """
+        assert self._verdict is not None
+        verdict, before = self._verdict, self.comm.bytes_sent
+        self._verdict = verdict._replace(changes=[])
+        new = self._points[known:]
+        if new and self.step == 0:
+            self._overwritten.warn_if_ranks_differ(new, verdict.present)
+        alike = self._overwritten.alike(self._points[:known], verdict.changes, verdict.present)
         self.recorder.exclude_bytes(before)
-        if not self.algorithm.allreduce_only:
-            self._check.raise_if_joined()
-        if overwritten is not None:
-            for state, flags in zip(self.states, overwritten):
+        if alike is not None:
+            for state, flags in zip(self.states, alike):
                 state.points.adopt_overwritten(flags, alone=self.comm.size == 1)
+        if new or alike is not None:
             self.record_parameters()
 
+    def reset_to_model(self) -> None:
+        """Leave nothing pending; the model is what a script has written into parameters, else the shared one."""
+        self._ensure_params()
+        changed = iter(self._overwritten.flags(self._points).tolist())
+        for state in self.states:
+            state.reset_to_model([bool(view.numel()) and next(changed) > 0 for view in state.points.local.views])
+        self.record_parameters()
+
     def record_parameters(self) -> None:
-        self._check.record_parameters(self._points)
+        self._overwritten.record(self._points)
 
     def after_step(self) -> None:
         """Exchange what the wrapped optimizer has subtracted, if it is time to."""
@@ -122,6 +144,7 @@ class UpdateReducer(Reducer):
         if self.local_steps_done < self.algorithm.local_steps:
             for state in self.states:
                 state.has_unsent_local_steps = True
+            self.record_parameters()
             return
         self.local_steps_done = 0
         with self.recorder.timing("encode_seconds"):

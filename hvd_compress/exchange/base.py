@@ -56,7 +56,8 @@ class Exchange(abc.ABC):
 
     A step calls ``set_step``, ``encode``, ``launch``, ``next_round``, ``wait``, and then ``subtract_sent`` and
     ``add_aggregate`` (or ``write_aggregate``). Until ``wait`` has returned nothing has changed but buffers of the
-    exchange itself, so that a failed collective loses nothing.
+    exchange itself, so that a failed collective loses nothing. What the exchange remembers from step to step changes
+    in ``commit`` only: a step that is given up leaves it as it was.
 
     Args:
         name: start of the names of its collectives; by default the bucket's name.
@@ -112,6 +113,9 @@ class Exchange(abc.ABC):
         self.add_aggregate(self._aggregate, scale)
         torch._foreach_copy_(list(tensors), list(pieces(self._aggregate, layout.numels)))
 
+    def commit(self) -> None:  # noqa: B027
+        """Let what this exchange has changed count from now on: the step is taken."""
+
     def clear(self, flat: Tensor) -> None:
         """Set the coordinates that this rank has sent to zero in ``flat`` (compressors that select coordinates)."""
         raise NotImplementedError(f"{type(self).__name__} does not know which coordinates were sent")
@@ -131,7 +135,7 @@ class Exchange(abc.ABC):
         return None
 
     def rescale_server_error(self, factor: float) -> None:  # noqa: B027
-        """Multiply the server's error with ``factor``."""
+        """Let the server's error count ``factor`` times at this step, for which ``set_step`` has been called."""
 
     def clear_server_error(self) -> None:  # noqa: B027
         """Set the server's error to zero."""

@@ -16,7 +16,7 @@ from hvd_compress.exchange.flat_allreduce import FlatAllreduce
 class MultiRoundExchange(Exchange):
     """Rounds of allreduces, each of payloads made from the mean of the round before.
 
-    What is decoded in the end is common to all ranks, and every rank's residual is taken against it.
+    What is decoded in the end is common to all ranks: the mean of what each of them has contributed.
     """
 
     def __init__(self, bucket: Bucket, codec: JointCodec, context: Context, name: str = "") -> None:
@@ -55,10 +55,13 @@ class MultiRoundExchange(Exchange):
         self._codec.receive(index, self._rounds[index].buffer)
 
     def subtract_sent(self, residual: Tensor) -> None:
-        self._codec.accumulate(residual, -1.0)
+        self._codec.subtract_sent(residual)
 
     def add_aggregate(self, target: Tensor, alpha: float) -> None:
         self._codec.accumulate(target, alpha * self.context.sum_factor)
+
+    def commit(self) -> None:
+        self._codec.commit()
 
     def warm_start(self) -> dict[str, FlatBuffer]:
         # Views with memory of their own: there is no flat vector behind them.

@@ -45,8 +45,8 @@ class _Messages:
 class ShardedServerExchange(Exchange):
     """Workers compress; servers of shards average and compress again, keeping the error of that.
 
-    The server's error counts for the mean over ranks. It is replaced when the step is complete (``wait``),
-    so that a failed collective loses nothing.
+    The server's error counts for the mean over ranks. It is replaced when the step is taken (``commit``), so that a
+    step that fails or is given up loses nothing.
 
     Attributes:
         error: the error of this rank as the server of its shard (the paper's server error).
@@ -77,6 +77,7 @@ class ShardedServerExchange(Exchange):
         self.error, self._next_error = (
             torch.zeros(end - begin, dtype=bucket.state_dtype, device=bucket.device) for _ in range(2)
         )
+        self._error_factor = 1.0
         self._handle = Handle()
         self._received: tuple[Tensor, ...] = ()
 
@@ -86,6 +87,7 @@ class ShardedServerExchange(Exchange):
         return self.borders[self._rank], self.borders[self._rank + 1]
 
     def set_step(self, step: int) -> None:
+        self._error_factor = 1.0
         self._up.set_step(step)
         self._down.set_step(step)
 
@@ -100,7 +102,7 @@ class ShardedServerExchange(Exchange):
         """Wait for this shard's messages, average, add the error, compress and send the result to all."""
         received, _ = self._handle.wait()
         me, total = self._rank, self._next_error
-        total.copy_(self.error)
+        torch.mul(self.error, self._error_factor, out=total)
         for message in torch.split(received, self._sent.lengths[me]) if total.numel() else ():
             self._up.codecs[me].accumulate(self._sent.payload_of(message, me), total, 1.0 / self._size)
         codec, payload = self._down.codecs[me], self._answers.payloads[me]
@@ -116,9 +118,11 @@ class ShardedServerExchange(Exchange):
         self._handle.wait()
 
     def wait(self) -> None:
-        """Wait for all shards; from here on the step cannot fail any more, and the new error counts."""
+        """Wait for all shards; from here on the exchange cannot fail any more."""
         messages = torch.split(self._handle.wait(), self._answers.lengths)
         self._received = tuple(self._answers.payload_of(message, j) for j, message in enumerate(messages))
+
+    def commit(self) -> None:
         self.error.copy_(self._next_error)
 
     def subtract_sent(self, residual: Tensor) -> None:
@@ -151,7 +155,7 @@ class ShardedServerExchange(Exchange):
         return vector.mul_(self.context.comm.size)
 
     def rescale_server_error(self, factor: float) -> None:
-        self.error.mul_(factor)
+        self._error_factor = factor
 
     def clear_server_error(self) -> None:
         self.error.zero_()

@@ -73,6 +73,30 @@ def detached_point(x: Tensor, e: Tensor, coefficient: float, out: Tensor) -> Non
     _in_slices(_kernels.detached_point, (x, e, out), (coefficient,))
 
 
+def add_product(target: Tensor, p: Tensor, columns: Tensor, alpha: float) -> None:
+    """Add ``alpha * p @ columns`` to ``target``, each element's terms in the order of the rows of ``columns``.
+
+    Args:
+        target: (n, m); ``applies`` to all three.
+        p: (n, r).
+        columns: (r, m).
+        alpha: factor of the product.
+
+    Raises:
+        ValueError: if the shapes do not match.
+    """
+    (n, r), m = p.shape, target.shape[1]
+    if target.shape[0] != n or columns.shape != (r, m):
+        raise ValueError(f"shapes do not match: {tuple(target.shape)}, {tuple(p.shape)}, {tuple(columns.shape)}")
+    out, left, right = target.data_ptr(), p.data_ptr(), columns.data_ptr()
+    run(
+        [
+            partial(_kernels.add_product, out + a * m * _FLOAT, left + a * r * _FLOAT, right, b - a, m, r, alpha)
+            for a, b in bounds(n, threads(n * m, n))
+        ]
+    )
+
+
 def threads(work: int, parts: int) -> int:
     """Return how many threads to use for ``work`` elements in at most ``parts`` slices, within torch's limit."""
     return max(1, min(torch.get_num_threads(), work // GRAIN, parts))

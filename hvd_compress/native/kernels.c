@@ -36,6 +36,21 @@ CLONES static void detached_point_loop(const float *restrict x, const float *res
         out[i] = x[i] - coefficient * e[i];
 }
 
+/* out += alpha * (p[0] * columns[0] + ... + p[r - 1] * columns[r - 1]), the terms added in this order; m <= COLUMNS */
+#define COLUMNS 512
+CLONES static void add_row(const float *restrict p, const float *restrict columns, float *restrict out, Py_ssize_t m,
+                           Py_ssize_t stride, Py_ssize_t r, float alpha)
+{
+    float sum[COLUMNS];
+    for (Py_ssize_t j = 0; j < m; j++)
+        sum[j] = p[0] * columns[j];
+    for (Py_ssize_t c = 1; c < r; c++)
+        for (Py_ssize_t j = 0; j < m; j++)
+            sum[j] += p[c] * columns[c * stride + j];
+    for (Py_ssize_t j = 0; j < m; j++)
+        out[j] += alpha * sum[j];
+}
+
 static PyObject *fused_residual_update(PyObject *self, PyObject *args)
 {
     unsigned long long x, e, z;
@@ -67,11 +82,32 @@ static PyObject *detached_point(PyObject *self, PyObject *args)
     Py_RETURN_NONE;
 }
 
+static PyObject *add_product(PyObject *self, PyObject *args)
+{
+    unsigned long long out, p, columns;
+    Py_ssize_t n, m, r;
+    float alpha;
+    if (!PyArg_ParseTuple(args, "KKKnnnf", &out, &p, &columns, &n, &m, &r, &alpha))
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    for (Py_ssize_t j = 0; r > 0 && j < m; j += COLUMNS) {
+        const Py_ssize_t width = m - j < COLUMNS ? m - j : COLUMNS;
+        for (Py_ssize_t i = 0; i < n; i++)
+            add_row(AT(const float, p) + i * r, AT(const float, columns) + j, AT(float, out) + i * m + j, width, m, r,
+                    alpha);
+        sched_yield();
+    }
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef methods[] = {
     {"fused_residual_update", fused_residual_update, METH_VARARGS,
      "fused_residual_update(x, e, z, n, local_coefficient, coefficient, decay): addresses of float32 vectors"},
     {"detached_point", detached_point, METH_VARARGS,
      "detached_point(x, e, out, n, coefficient): addresses of float32 vectors"},
+    {"add_product", add_product, METH_VARARGS,
+     "add_product(out, p, columns, n, m, r, alpha): addresses of float32 matrices of n x m, n x r and r x m"},
     {NULL, NULL, 0, NULL},
 };
 

@@ -119,10 +119,11 @@ class OptimizerCheckpoint:
         if not reducer.comm.member:
             return
         self._pending_state = None
+        if saved is not None:
+            _require_same_shapes(reducer.states, saved["buckets"])
+        reducer.reset_to_model()
         if saved is None:
             reducer.local_steps_done = 0
-            for state in reducer.states:
-                state.reset_from_parameters()
             return
         reducer.step, reducer.local_steps_done = saved["step"], saved["local_steps_done"]
         if reducer.algorithm.exchanges_updates or reducer.algorithm.local_models:

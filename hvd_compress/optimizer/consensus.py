@@ -44,6 +44,7 @@ class Consensus:
         with torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext():
             with torch.no_grad():
                 self._reducer.sync_buckets()
+        self._reducer.forget_agreement()
 
     @contextlib.contextmanager
     def at(self, point: str) -> Iterator[None]:

@@ -169,10 +169,14 @@ class _DistributedOptimizer(torch.optim.Optimizer):
 
         With LIEC it is this rank's own direction. Algorithms that exchange updates (DEF) exchange nothing here:
         gradients stay local, and clipping then acts on them. A missing gradient becomes zeros either way.
+
+        What is remembered between steps changes only in ``step()``. If the gradients are thrown away instead
+        (``zero_grad()``, or new ones take their place), everything is as if they had not been.
         """
         self._consensus.forbid("synchronize()")
         reducer = self._reducer
-        if self._synchronized and not reducer.tracker.fired:
+        # Once more without a step: only if there are new gradients, on any rank.
+        if self._synchronized and not (reducer.comm.member and reducer.comm.any_rank(reducer.has_new_gradients())):
             return
         if reducer.comm.member:
             self._scaled_step.overflowed = reducer.synchronize()
@@ -199,18 +203,16 @@ class _DistributedOptimizer(torch.optim.Optimizer):
         """
         self._consensus.forbid("step()")
         reducer = self._reducer
-        if reducer.tracker.fired:
-            self._synchronized = False
         if closure is not None:
             closure = reducer.wrap_closure(closure)
         elif self._should_synchronize:
-            if self._synchronized:
+            if self._synchronized and not reducer.has_new_gradients():
                 warnings.warn(_STEP_AFTER_SYNCHRONIZE, stacklevel=2)
             self.synchronize()
         self._synchronized = False
         self._original._opt_called = True  # type: ignore[attr-defined]
         if self._scaled_step.skip():
-            reducer.reset_pass_counts()
+            reducer.discard_step()
             return None
         return self._hooked_step(self, closure)
 
@@ -229,6 +231,9 @@ class _DistributedOptimizer(torch.optim.Optimizer):
         """Do torch's ``zero_grad``; AssertionError between ``backward()`` and ``step()``/``synchronize()``."""
         if self._reducer.tracker.busy:
             raise AssertionError(_ZERO_GRAD_TOO_EARLY)
+        if self._synchronized:
+            self._reducer.discard_step()
+            self._synchronized = False
         # Some optimizers' own zero_grad knows no argument.
         self._hvd_base.zero_grad(self, **({} if set_to_none else {"set_to_none": False}))
 
@@ -245,7 +250,6 @@ class _DistributedOptimizer(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
         self._parameter_names.update({p: name for p, name in names.items() if p not in self._parameter_names})
-        self._reducer.tracker.newcomers.update(added)
         self._reducer.track()
 
     def consensus(self, point: str = "shared") -> Any:

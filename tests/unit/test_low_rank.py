@@ -46,6 +46,7 @@ def exchange(codecs: Sequence[LowRankCodec], flats: Sequence[Tensor], step: int 
     decoded = [torch.zeros_like(flat) for flat in flats]
     for codec, out in zip(codecs, decoded):
         codec.accumulate(out, 1.0)
+        codec.commit()
     return decoded
 
 

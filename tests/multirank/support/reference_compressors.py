@@ -145,7 +145,10 @@ def span(name: str) -> tuple[int, int]:
 
 
 def power_sgd(rank: int) -> Joint:
-    """Return PowerSGD of the ranks' mean, each step starting with the last Q; vectors are sent uncompressed."""
+    """Return PowerSGD of the ranks' mean, each step starting with the last Q; vectors are sent uncompressed.
+
+    Each rank has contributed P Q_k^T of its own matrix M_k, with Q_k = M_k^T P; their mean is P Q^T.
+    """
     last = {
         name: counter_rng.nearly_normal(tensor_key(0, name), (shape[1], rank), torch.device("cpu")).double().numpy()
         for name, shape in reference.SHAPES.items()
@@ -153,12 +156,13 @@ def power_sgd(rank: int) -> Joint:
     }
 
     def compress(vectors: Sequence[Array], step: int) -> list[Array]:
-        mean = from_flat(reference.mean(vectors))
+        mean, own = from_flat(reference.mean(vectors)), [from_flat(v.copy()) for v in vectors]
         for name, q in last.items():
             p = np.linalg.qr(mean[name] @ q)[0]
             last[name] = mean[name].T @ p
-            mean[name] = p @ last[name].T
-        return [to_flat(mean)] * len(vectors)
+            for matrices in own:
+                matrices[name] = p @ (p.T @ matrices[name])
+        return [to_flat(matrices) for matrices in own]
 
     return compress
 

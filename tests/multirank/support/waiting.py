@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import sys
+import time
 from typing import Any
 
 from horovod.torch import mpi_ops
-
-from hvd_compress.comm.communicator import sleep_until_done
 
 
 def wait_without_spinning() -> None:
@@ -19,7 +18,10 @@ def wait_without_spinning() -> None:
     spinning = mpi_ops.synchronize
 
     def synchronize(handle: Any) -> Any:
-        sleep_until_done(handle)
+        pause = 2e-5
+        while not mpi_ops.poll(handle):
+            time.sleep(pause)
+            pause = min(pause * 1.5, 2e-4)
         return spinning(handle)
 
     for name, module in list(sys.modules.items()):
