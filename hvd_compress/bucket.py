@@ -44,7 +44,8 @@ class Bucket:
         state_dtype: dtype of residuals and shared models: float32, or float64 for float64 parameters.
         device: device of the parameters.
         layout: names, sizes and memory-order shapes along the flat vector.
-        group: parameter-group index if all entries agree on it, else -1.
+        place: index of the parameter group of its last parameter, and that parameter's index in it, as they were seen
+            last: groups may be reordered.
     """
 
     def __init__(self, name: str, entries: Sequence[ParamEntry], ordinal: int = 0) -> None:
@@ -59,8 +60,7 @@ class Bucket:
             tuple(p.numel() for p in self.parameters),
             tuple(_memory_shape(p) for p in self.parameters),
         )
-        groups = {entry.group for entry in entries}
-        self.group = groups.pop() if len(groups) == 1 else -1
+        self.place = (entries[-1].group, 0)
 
     def flat_buffer(self, dtype: torch.dtype, flat: Optional[Tensor] = None) -> FlatBuffer:
         """Return ``flat`` (default: new zeros of ``dtype``) with views shaped and strided like the parameters."""
@@ -75,11 +75,13 @@ class Bucket:
         torch._foreach_copy_(buffer.views, [p.data for p in self.parameters])
         return buffer.flat
 
-    def write_params(self, flat: Tensor) -> None:
-        """Copy a flat vector into the parameters."""
+    def write_params(self, flat: Tensor, without: frozenset[int] = frozenset()) -> None:
+        """Copy a flat vector into the parameters, but for those with the indices ``without``."""
         buffer = self.flat_buffer(flat.dtype)
         buffer.flat.copy_(flat)
-        torch._foreach_copy_([p.data for p in self.parameters], buffer.views)
+        pairs = [pair for i, pair in enumerate(zip(self.parameters, buffer.views)) if i not in without]
+        if pairs:
+            torch._foreach_copy_([p.data for p, _ in pairs], [view for _, view in pairs])
 
     def move_params_to(self, buffer: FlatBuffer) -> None:
         """Move the parameters' storage into ``buffer`` (same dtype), keeping their values.

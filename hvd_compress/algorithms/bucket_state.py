@@ -24,11 +24,13 @@ class Rate(NamedTuple):
         scale_free: True if the wrapped optimizer's update does not grow with the gradient (Adam): then a
             residual in gradient units needs no rescaling when ``lr`` changes.
         loss_scale: factor that the gradients have been multiplied with (GradScaler), else 1.
+        momentum: True if the wrapped optimizer keeps a sum of gradients, which later rates multiply again.
     """
 
     lr: float
     scale_free: bool = False
     loss_scale: float = 1.0
+    momentum: bool = False
 
 
 class SavedParameter(NamedTuple):
@@ -55,10 +57,19 @@ class BucketState(abc.ABC):
 
     Attributes:
         training_parameters: this rank's own parameters while ``consensus()`` has another point in their place.
+        inactive: indices of the parameters that rest.
     """
 
     bucket: Bucket
     training_parameters: Optional[list[Tensor]] = None
+    inactive: frozenset[int] = frozenset()
+
+    def set_inactive(self, inactive: frozenset[int]) -> None:
+        """Let the parameters with these indices rest: they are frozen, or have been taken out of the optimizer.
+
+        They keep their values to the bit, and what is pending for them waits until they are trained again.
+        """
+        self.inactive = inactive
 
     @abc.abstractmethod
     def buffers(self) -> dict[str, FlatBuffer]:

@@ -104,7 +104,10 @@ class _EFState(GradientState):
         self._exchange.launch()
 
     def _compensate(self, indices: Sequence[int], gradients: Sequence[Optional[Tensor]], ratio: float) -> None:
-        """Compute ``p = g + ratio * e`` for some of the bucket's parameters; a missing gradient counts as zeros."""
+        """Compute ``p = g + ratio * e`` for some of the bucket's parameters; a missing gradient counts as zeros.
+
+        Nothing is sent of parameters that rest: there p is zero.
+        """
         p, e = self._compensated, self._residual
         found = [(p.views[i], g) for i in indices if (g := gradients[i]) is not None]
         missing = [p.views[i] for i in indices if gradients[i] is None]
@@ -115,10 +118,11 @@ class _EFState(GradientState):
             torch._foreach_copy_(views, [g for _, g in found])
             if self._loss_scale != 1.0:
                 torch._foreach_mul_(views, 1.0 / self._loss_scale)
-        if len(indices) == len(gradients):
+        active = [i for i in indices if i not in self.inactive]
+        if len(active) == len(gradients):
             p.flat.add_(e.flat, alpha=ratio)
-        elif indices:
-            torch._foreach_add_([p.views[i] for i in indices], [e.views[i] for i in indices], alpha=ratio)
+        elif active:
+            torch._foreach_add_([p.views[i] for i in active], [e.views[i] for i in active], alpha=ratio)
 
     def next_round(self) -> None:
         self._exchange.next_round()
@@ -133,6 +137,8 @@ class _EFState(GradientState):
 
     def commit(self) -> None:
         super().commit()
+        for i in self.inactive:
+            torch.mul(self._residual.views[i], self._ratio or 1.0, out=self._compensated.views[i])
         self._residual, self._compensated = self._compensated, self._residual
         self._exchange.commit()
         self.discard_step()
@@ -147,7 +153,12 @@ class _EFState(GradientState):
         return self._residual.flat
 
     def pending_gradient(self) -> Optional[Tensor]:
-        return self._residual.flat * float(self._context.sum_factor)
+        pending = self.bucket.flat_buffer(
+            self.bucket.state_dtype, self._residual.flat * float(self._context.sum_factor)
+        )
+        for i in self.inactive:
+            pending.views[i].zero_()
+        return pending.flat
 
     def clear_residual(self) -> None:
         self._residual.flat.zero_()

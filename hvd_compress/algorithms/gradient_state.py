@@ -11,6 +11,9 @@ from hvd_compress.algorithms.bucket_state import BucketState, Rate, SavedParamet
 from hvd_compress.bucket import FlatBuffer
 from hvd_compress.comm.communicator import Communicator
 
+# With momentum the residual of gradients grows this many times at most when the learning rate falls.
+FALL = 10.0
+
 
 class GradientState(BucketState):
     """Exchanges gradients: ``accumulate_grad`` and ``start`` may run during backward, ``finish`` in ``synchronize()``.
@@ -21,11 +24,14 @@ class GradientState(BucketState):
     Attributes:
         has_residual: whether a gradient may count at later steps: then also a parameter without one has a result.
         residual_lr: learning rate at which the residual is an update; None: the rate of the step it is sent at.
+        largest_lr: the largest learning rate so far.
     """
 
     has_residual: bool = True
     residual_lr: Optional[float] = None
+    largest_lr: float = 0.0
     _step_lr: Optional[float] = None
+    _step_largest: float = 0.0
 
     def accumulate_grad(self, index: int, gradient: Tensor, rate: Rate) -> Optional[Tensor]:
         """Take the final gradient of the bucket's parameter ``index`` while it is still in the cache.
@@ -54,30 +60,33 @@ class GradientState(BucketState):
 
     def commit(self) -> None:
         """Remember what this step has changed: the wrapped optimizer steps with its results."""
-        self.residual_lr = self._step_lr
+        self.residual_lr, self.largest_lr = self._step_lr, self._step_largest
 
     def residual_rescale(self, rate: Rate, rescale: bool) -> float:
         """Return the factor that keeps the residual's update as it was at the rate of this step.
 
-        A rate of 0 is passed over: the residual counts at the last positive one.
+        A rate of 0 is passed over: the residual counts at the last positive one. With momentum a rate below a tenth of
+        the largest one so far counts as that tenth. Else, at the end of a schedule that goes down to nothing, gradients
+        thousands of times too large would get into the momentum, and a warm restart would multiply them by its rate.
 
         Args:
             rescale: the algorithm's ``rescale_residual``; False: the factor is always 1.
         """
-        self._step_lr = self.residual_lr
+        self._step_lr, self._step_largest = self.residual_lr, self.largest_lr
         if not rescale or rate.scale_free:
             self._step_lr = None
         elif rate.lr > 0:
-            self._step_lr = rate.lr
-            return self.residual_lr / rate.lr if self.residual_lr else 1.0
+            self._step_largest = max(self.largest_lr, rate.lr)
+            self._step_lr = max(rate.lr, self._step_largest / FALL) if rate.momentum else rate.lr
+            return self.residual_lr / self._step_lr if self.residual_lr else 1.0
         return 1.0
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "residual_lr": self.residual_lr}
+        return {**super().state_dict(), "residual_lr": self.residual_lr, "largest_lr": self.largest_lr}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         super().load_state_dict(saved)
-        self.residual_lr = saved["residual_lr"]
+        self.residual_lr, self.largest_lr = saved["residual_lr"], saved["largest_lr"]
 
     def pending_buffer(self) -> Optional[FlatBuffer]:
         """Return the buffer that joins the next gradient, or None if this state has no residual."""
@@ -114,5 +123,13 @@ class GradientState(BucketState):
         return [p.data.contiguous().view(-1) for p in self.bucket.parameters]
 
     def reset_to(self, point: Tensor) -> None:
-        self.bucket.write_params(point)
+        self.bucket.write_params(point, self.inactive)
+        waiting = [(view, view.clone()) for view in self._views_of_inactive()]
         self.clear_residual()
+        for view, values in waiting:
+            view.copy_(values)
+
+    def _views_of_inactive(self) -> list[Tensor]:
+        """Return what is pending for parameters that rest."""
+        found = self.buffers().get("residual")
+        return [] if found is None else [found.views[i] for i in self.inactive]

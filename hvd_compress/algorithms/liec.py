@@ -106,6 +106,7 @@ class _LIECState(GradientState):
             self._launch_averaging(factor)
         else:
             self._exchange.set_step(step)
+            self._exchange.hold(self.inactive)
             self._exchange.rescale_server_error(factor)
             self._exchange.encode(g)
             self._exchange.launch()
@@ -159,7 +160,7 @@ class _LIECState(GradientState):
             return
         assert self._mean is not None
         with torch.no_grad():
-            torch._foreach_copy_([p.data for p in self.bucket.parameters], self._mean.models.views)
+            self.bucket.write_params(self._mean.models.flat, self.inactive)
         self._exchange.clear_server_error()
 
     def discard_step(self) -> None:

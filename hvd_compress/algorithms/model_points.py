@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Sequence
+from typing import Sequence, Union
 
 import torch
 from torch import Tensor
@@ -33,6 +33,10 @@ class ModelPoints:
         self.coefficient: Coefficient = 0.0
         self.set_shared_from_params()
 
+    def views(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return x, e and z of one parameter."""
+        return self.shared.views[index], self.residual.views[index], self.local.views[index]
+
     def accumulate_update(self, coefficient: Coefficient, factor: float = 1.0) -> None:
         """Compute ``e = factor * e + u;  z = x - coefficient * e``, where u is what z has moved since it was placed."""
         self._update.apply(self.coefficient, coefficient, factor)
@@ -53,31 +57,35 @@ class ModelPoints:
         """Write this rank's own point, as it was last chosen, into the parameters."""
         detached_point(self.shared.flat, self.residual.flat, self.coefficient, self.local.flat)
 
-    def adopt_overwritten(self, overwritten: Sequence[bool], alone: bool) -> None:
-        """Make parameters that were overwritten, with the same values on all ranks, the shared model.
+    def adopt_overwritten(self, alike: Sequence[Union[bool, Tensor]], alone: bool) -> None:
+        """Make what all ranks have written alike the shared model's; what else was written stays in the parameters.
 
         Args:
-            overwritten: whether that is so, for each parameter of the bucket (an empty one never is).
+            alike: for each parameter of the bucket True if all of it was, a mask (flat) of the elements that were, or
+                False.
             alone: there is one rank only. Then it may as well have clipped its weights, so the shared
                 model moves by as much as the parameters, and the residual stays as it is.
         """
-        if not any(overwritten):
+        if not any(mask is not False for mask in alike):
             return
         if alone:
             written = self.local.flat.to(self.shared.flat.dtype, copy=True)
             self.write_local_point()
             self.shared.flat.add_(written - self.local.flat.to(written.dtype))
             self.local.flat.copy_(written)
-        elif all(new or not p.numel() for new, p in zip(overwritten, self._bucket.parameters)):
+        elif all(mask is True or not p.numel() for mask, p in zip(alike, self._bucket.parameters)):
             self.set_shared_from_params()
         else:
-            # A bucket has one coefficient. So an overwritten parameter moves to this rank's own point about the new
-            # model, which makes no update of it, and the others keep what their rank has changed.
+            # A bucket has one coefficient. So what was overwritten moves to this rank's own point about the new model,
+            # which makes no update of it, and the rest keeps what its rank has changed.
             before = self._bucket.flat_buffer(self._bucket.dtype, self.local.flat.clone())
-            taken, kept = ([i for i, new in enumerate(overwritten) if new is wanted] for wanted in (True, False))
-            torch._foreach_copy_([self.shared.views[i] for i in taken], [self.local.views[i] for i in taken])
+            for mask, x, z in zip(alike, self.shared.views, before.views):
+                if mask is not False:
+                    _write(x, z, mask)
             self.write_local_point()
-            torch._foreach_copy_([self.local.views[i] for i in kept], [before.views[i] for i in kept])
+            for mask, z, old in zip(alike, self.local.views, before.views):
+                if mask is not True:
+                    _write(z, old, True if mask is False else ~mask)
 
     def reset_to(self, point: Tensor) -> None:
         """Make ``point`` (flat) the shared model, and this rank's own."""
@@ -94,3 +102,12 @@ class ModelPoints:
             return True
         slack = 8 * torch.finfo(found.dtype).eps * self.shared.flat.abs().max()
         return any(bool((found - point).abs().max() <= slack) for point in (own_point, self.shared.flat))
+
+
+def _write(target: Tensor, source: Tensor, mask: Union[bool, Tensor]) -> None:
+    """Copy ``source`` into ``target`` where ``mask`` (flat, in the order of memory) is true."""
+    if isinstance(mask, Tensor):
+        mask = mask.as_strided(target.shape, target.stride())
+        target.copy_(torch.where(mask, source.to(target.dtype), target))
+    elif mask:
+        target.copy_(source)

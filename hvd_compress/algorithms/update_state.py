@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Mapping, Optional, Sequence, Union, cast
+from typing import Any, Mapping, NamedTuple, Optional, Union, cast
 
 import torch
 from torch import Tensor
@@ -11,11 +11,18 @@ from torch import Tensor
 from hvd_compress.algorithms.bucket_state import BucketState, SavedParameter, add_to_views
 from hvd_compress.algorithms.model_points import ModelPoints
 from hvd_compress.algorithms.momentum_masking import MomentumMask
-from hvd_compress.algorithms.residual_update import Coefficient
+from hvd_compress.algorithms.residual_update import Coefficient, detached_point
 from hvd_compress.bucket import Bucket, FlatBuffer
 from hvd_compress.comm.communicator import Communicator
 from hvd_compress.compressors.layout import pieces
 from hvd_compress.exchange import Context, Exchange, ExchangeSchedule
+
+
+class _Resting(NamedTuple):
+    """The shared value and this rank's residual of a parameter that rests, put aside."""
+
+    x: Tensor
+    e: Tensor
 
 
 class UpdateState(BucketState):
@@ -49,6 +56,7 @@ class UpdateState(BucketState):
         self.points = ModelPoints(bucket)
         self._momentum = MomentumMask(bucket, context) if masking else None
         self.has_unsent_local_steps = False
+        self._resting: dict[int, _Resting] = {}
         self._lr = math.nan
 
     # -- one exchange ------------------------------------------------------------------------------------
@@ -57,6 +65,12 @@ class UpdateState(BucketState):
     def next_coefficient(self) -> Coefficient:
         """The coefficient of z after the exchange; 0: the parameters hold x itself."""
         return 0.0
+
+    @property
+    def is_apart(self) -> bool:
+        """True if the parameters hold a point of this rank's own."""
+        coefficient = self.points.coefficient
+        return self.has_unsent_local_steps or isinstance(coefficient, Tensor) or coefficient != 0.0
 
     def start(self, step: int, lr: float) -> None:
         """Add what the wrapped optimizer has subtracted to the residual, encode, launch."""
@@ -71,6 +85,7 @@ class UpdateState(BucketState):
         if (former_shard_error := self.exchange.reshard()) is not None:
             self.points.residual.flat.add_(former_shard_error)
         self.exchange.set_step(step)
+        self.exchange.hold(self.inactive)
 
     def rescale_for_lr(self, lr: float) -> float:
         """Go on to rate ``lr``; rescale the server's error, and return the factor by which the residual is to be."""
@@ -101,18 +116,52 @@ class UpdateState(BucketState):
         if self._momentum is not None:
             self._momentum.clear(self.exchange.clear)
 
+    # -- parameters that rest ----------------------------------------------------------------------------
+
+    def set_inactive(self, inactive: frozenset[int]) -> None:
+        """Let parameters rest: their x and e are put aside, and z takes the place of x, so that an update is zero."""
+        points = self.points
+        for i in self.inactive - inactive:
+            x, e, z = points.views(i)
+            x.copy_(self._resting[i].x)
+            e.copy_(self._resting.pop(i).e)
+            detached_point(x, e, points.coefficient, z)
+        for i in inactive - self.inactive:
+            x, e, z = points.views(i)
+            placed = torch.empty_like(z)
+            detached_point(x, e, points.coefficient, placed)
+            # What z has moved since it was placed (local steps) is pending as well.
+            self._resting[i] = _Resting(x.clone(), e + placed.to(e.dtype).sub_(z))
+            x.copy_(z)
+            e.zero_()
+        super().set_inactive(inactive)
+
+    def _with_resting(self, buffer: FlatBuffer, kind: str) -> FlatBuffer:
+        """Return ``buffer`` with what was put aside in place of the views of parameters that rest."""
+        views = [getattr(self._resting[i], kind) if i in self._resting else v for i, v in enumerate(buffer.views)]
+        return FlatBuffer(buffer.flat, views)
+
     # -- points and residual -----------------------------------------------------------------------------
 
     def shared_point(self, comm: Communicator) -> Optional[Tensor]:
-        return self.points.shared.flat
+        if not self._resting:
+            return self.points.shared.flat
+        point = self.bucket.flat_buffer(self.bucket.state_dtype)
+        torch._foreach_copy_(point.views, self._with_resting(self.points.shared, "x").views)
+        return point.flat
 
     def replica(self) -> list[Tensor]:
-        return list(pieces(self.points.shared.flat, self.bucket.layout.numels))
+        return list(pieces(cast(Tensor, self.shared_point(self.exchange.context.comm)), self.bucket.layout.numels))
 
     def reset_to(self, point: Tensor) -> None:
         self.has_unsent_local_steps = False
+        kept = {i: self.points.views(i)[2].clone() for i in self._resting}
         self.clear_residual()
         self.points.reset_to(point)
+        for i, value in kept.items():
+            x, _, z = self.points.views(i)
+            x.copy_(value)
+            z.copy_(value)
 
     def residual_vector(self) -> Optional[Tensor]:
         server = self.exchange.server_error()
@@ -120,8 +169,8 @@ class UpdateState(BucketState):
 
     def pending_update(self, lr: float) -> Optional[Tensor]:
         pending = self.points.residual.flat.clone()
-        if self.has_unsent_local_steps:
-            pending.add_(self.points.expected_local().to(pending.dtype).sub_(self.points.local.flat))
+        # Local steps, and what this rank has written into its parameters, are part of the next update.
+        pending.add_(self.points.expected_local().to(pending.dtype).sub_(self.points.local.flat))
         server = self.exchange.server_pending()
         return pending if server is None else pending.add_(server)
 
@@ -132,7 +181,9 @@ class UpdateState(BucketState):
     # -- checkpoints -------------------------------------------------------------------------------------
 
     def buffers(self) -> dict[str, FlatBuffer]:
-        found = {"shared": self.points.shared, "residual": self.points.residual, **self.exchange.warm_start()}
+        points = self.points
+        shared, residual = self._with_resting(points.shared, "x"), self._with_resting(points.residual, "e")
+        found = {"shared": shared, "residual": residual, **self.exchange.warm_start()}
         if (server := self.exchange.server_error()) is not None:
             found["server"] = server
         # Local steps since the last exchange are nowhere but in the parameters.
@@ -147,6 +198,8 @@ class UpdateState(BucketState):
         }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        if "buffers" in saved:
+            self.set_inactive(frozenset())
         self._lr, self.points.coefficient = float(saved["lr"]), float(saved["local_coefficient"])
         self.has_unsent_local_steps = bool(saved["has_unsent_local_steps"])
         if "buffers" in saved:
@@ -159,21 +212,26 @@ class UpdateState(BucketState):
                 points.reset_to(model)
                 points.local.flat.copy_(found)
 
-    def reset_to_model(self, overwritten: Sequence[bool]) -> None:
+    def reset_to_model(self, overwritten: bool) -> None:
         """Leave nothing pending, and the model in the parameters.
 
         Args:
-            overwritten: for each parameter whether a script has written it: then it is the model's as it is.
+            overwritten: whether a script has written into parameters since they were placed. These are the model's as
+                they are; the others are where the shared model is.
         """
-        points, self.has_unsent_local_steps = self.points, False
+        self.set_inactive(frozenset())
+        points = self.points
+        if overwritten:
+            placed = self.bucket.flat_buffer(self.bucket.dtype, points.expected_local())
+            for x, z, before in zip(points.shared.views, points.local.views, placed.views):
+                if self.has_unsent_local_steps or not torch.equal(z, before):
+                    x.copy_(z)
+        self.has_unsent_local_steps = False
         self.clear_residual()
-        written = [(x, z) for x, z, new in zip(points.shared.views, points.local.views, overwritten) if new]
-        if written:
-            torch._foreach_copy_([x for x, _ in written], [z for _, z in written])
-        points.coefficient = 0.0
-        points.write_local_point()
+        points.reset_to(points.shared.flat)
 
     def restore(self, parts: Mapping[str, SavedParameter], own: bool) -> set[str]:
+        self.set_inactive(frozenset())
         names, points = self.bucket.layout.names, self.points
         restored = all(name in parts and parts[name].shared is not None for name in names)
         if restored:

@@ -2,7 +2,9 @@
 
 ``GradScaler`` tells an optimizer nothing before ``scaler.step``, but a residual must meet the gradients, in
 unscaled units, in ``synchronize()``. So ``GradScaler.scale`` is observed: a hook on the scaled loss notes
-the scaler for as long as that backward pass runs, and the hooks of the parameters read it.
+the scaler for as long as that backward pass runs, and the hooks of the parameters read it. Where gradients did not
+come by way of these hooks (torch.autograd.grad, or made by hand), the last scaler counts whose scaled loss was
+differentiated, or whose scale was asked for, since the optimizer's last step.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ else:  # torch < 2.3
     _GradScaler = torch.cuda.amp.GradScaler
 
 _running: Optional[Any] = None
+_noticed: tuple[int, Optional[Any]] = (0, None)  # how often a scaler was used, and the last one
 
 
 def _leave() -> None:
@@ -30,14 +33,30 @@ def _leave() -> None:
 def _enter(scaler: Any) -> None:
     global _running
     _running = scaler
+    _notice(scaler)
     torch.autograd.Variable._execution_engine.queue_callback(_leave)
 
 
+def _notice(scaler: Any) -> None:
+    global _noticed
+    _noticed = (_noticed[0] + 1, scaler)
+
+
+def times_used() -> int:
+    """Return how often any scaler has been used so far."""
+    return _noticed[0]
+
+
+def used_since(times: int) -> Optional[Any]:
+    """Return the last scaler that was used since ``times_used`` returned ``times``, or None."""
+    return _noticed[1] if _noticed[0] > times else None
+
+
 def watch() -> None:
-    """Start to observe ``GradScaler.scale`` (once per process)."""
+    """Start to observe ``GradScaler.scale`` and ``get_scale`` (once per process)."""
     if getattr(_GradScaler.scale, "_hvd_compress", False):
         return
-    original = _GradScaler.scale
+    original, original_get_scale = _GradScaler.scale, _GradScaler.get_scale
 
     @functools.wraps(original)
     def scale(self: Any, outputs: Any) -> Any:
@@ -48,8 +67,14 @@ def watch() -> None:
                     tensor.register_hook(lambda grad: _enter(self))
         return scaled
 
-    scale._hvd_compress = True  # type: ignore[attr-defined]
-    _GradScaler.scale = scale
+    @functools.wraps(original_get_scale)
+    def get_scale(self: Any) -> Any:
+        if self.is_enabled():
+            _notice(self)
+        return original_get_scale(self)
+
+    scale._hvd_compress, get_scale.original = True, original_get_scale  # type: ignore[attr-defined]
+    _GradScaler.scale, _GradScaler.get_scale = scale, get_scale
 
 
 def running_scaler() -> Optional[Any]:
@@ -61,7 +86,7 @@ def loss_scale(scaler: Any, optimizer: torch.optim.Optimizer) -> float:
     """Return the present scale of the optimizer's gradients: 1 once ``scaler.unscale_`` has run."""
     state = scaler._per_optimizer_states[id(optimizer)]
     unscaled = getattr(state["stage"], "name", "READY") != "READY"
-    return 1.0 if unscaled else float(scaler.get_scale())
+    return 1.0 if unscaled else float(_GradScaler.get_scale.original(scaler))
 
 
 def mark_overflow(scaler: Any, optimizer: torch.optim.Optimizer) -> None:

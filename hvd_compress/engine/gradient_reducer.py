@@ -89,7 +89,7 @@ class GradientReducer(Reducer):
         self._end_unused_step()
         self.sync_buckets()
         tracked = self.tracker.tracked
-        if self.tracker.scaler is not None and self.comm.any_rank(grad_scaler.overflowed(tracked)):
+        if self._scaled and self.comm.any_rank(grad_scaler.overflowed(tracked)):
             grad_scaler.poison(tracked)
             self.reset_pass_counts()
             return True
@@ -126,7 +126,9 @@ class GradientReducer(Reducer):
                 self._left[parameter] = (result, result._version)
 
     def _write_gradients(self, state: GradientState) -> None:
-        for parameter, result in zip(state.bucket.parameters, state.finish()):
+        for index, (parameter, result) in enumerate(zip(state.bucket.parameters, state.finish())):
+            if index in state.inactive:
+                continue
             if parameter.grad is None and not self.tracker.counts_passes and not state.has_residual:
                 continue  # one rank: as the wrapped optimizer alone would see it
             if parameter.grad is not None and parameter.grad.is_sparse:
@@ -166,6 +168,7 @@ class GradientReducer(Reducer):
                 state.commit()
             self._end_exchange()
             self.step += 1
+            self.trainer.apart = self.algorithm.local_models
             self.recorder.close_step()
 
     def discard_step(self) -> None:

@@ -22,8 +22,18 @@ def scale_free(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def group_of(optimizer: torch.optim.Optimizer, bucket: Bucket) -> dict[str, Any]:
-    """Return a bucket's parameter group, or the first where it has parameters of several."""
-    return optimizer.param_groups[max(bucket.group, 0)]
+    """Return the parameter group of a bucket's last parameter; {} if it has been taken out of the optimizer."""
+    parameter, groups = bucket.parameters[-1], optimizer.param_groups
+    index, position = bucket.place
+    seen = groups[index]["params"] if index < len(groups) else []
+    if position < len(seen) and seen[position] is parameter:
+        return groups[index]
+    for index, group in enumerate(groups):
+        for position, candidate in enumerate(group["params"]):
+            if candidate is parameter:
+                bucket.place = (index, position)
+                return group
+    return {}
 
 
 def learning_rate(optimizer: torch.optim.Optimizer, bucket: Bucket) -> float:
@@ -35,7 +45,8 @@ def learning_rate(optimizer: torch.optim.Optimizer, bucket: Bucket) -> float:
 def rate_of(optimizer: torch.optim.Optimizer, bucket: Bucket, scaler: Optional[Any]) -> Rate:
     """Return the present rate of a bucket; ``scaler`` is the GradScaler its gradients come from, if any."""
     scale = 1.0 if scaler is None else grad_scaler.loss_scale(scaler, optimizer)
-    return Rate(learning_rate(optimizer, bucket), scale_free(optimizer), scale)
+    momentum = bool(group_of(optimizer, bucket).get("momentum"))
+    return Rate(learning_rate(optimizer, bucket), scale_free(optimizer), scale, momentum)
 
 
 class RatesInBackward:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import hashlib
-from typing import Any, Callable, Optional, Sequence, cast
+from typing import Any, Callable, Optional, Sequence, Union, cast
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from hvd_compress.algorithms.base import State
 from hvd_compress.comm.communicator import Communicator, Reduction, is_elastic
 from hvd_compress.engine.agreement import Options, agree, parameter_item
 from hvd_compress.engine.bucketing import Partition
+from hvd_compress.engine.ownership import Trainer
 from hvd_compress.engine.step_check import StepCheck, Verdict, largest, ranks_joined_error
 from hvd_compress.engine.tracker import ParameterTracker
 from hvd_compress.exchange import Context
@@ -36,6 +37,7 @@ class Reducer(abc.ABC):
     Attributes:
         step: exchanges done so far, the same on every rank once a step's check has arrived.
         local_steps_done: steps of the wrapped optimizer since the last exchange; as ``step``.
+        trainer: tells other optimizers over the same parameters whether these hold points of this one.
         on_build: called with the states of new buckets.
         on_sync: called before a step is checked, to take over what a broadcast has left.
     """
@@ -55,6 +57,8 @@ class Reducer(abc.ABC):
         self._built = False
         self.step = 0
         self.local_steps_done = 0
+        self.trainer = Trainer()
+        self.trainer.register(self.tracker.tracked)
         self.on_build: Callable[[Sequence[State]], None] = lambda states: None
         self.on_sync: Callable[[], None] = lambda: None
 
@@ -117,6 +121,9 @@ class Reducer(abc.ABC):
         for state in self.states:
             state.clear_residual()
 
+    def remember_parameters(self) -> None:  # noqa: B027
+        """Note that a script may copy the parameters as they are, to put them back later."""
+
     def record_parameters(self) -> None:  # noqa: B027
         """Note the parameters as they are: the algorithm has placed them."""
 
@@ -135,12 +142,33 @@ class Reducer(abc.ABC):
     def _launch_check(self) -> None:
         """Start to compare the step with other ranks' (collective), unless that has been done for this step."""
         if not (self._agreed or self._check.launched or self._verdict is not None):
+            self._require_no_other()
             self.on_sync()
-            self._check.launch([self._step_digest()], self._overwrite_flags())
+            self.tracker.notice_scaler()
+            digest, written = self._step_digest(), self._has_written()
+            for state in self.states:
+                state.set_inactive(self.tracker.inactive(state.bucket.parameters))
+            before = self.comm.bytes_sent
+            self._check.launch([digest], self.tracker.scaler is not None, written)
+            self.recorder.exclude_bytes(before)
 
-    def _overwrite_flags(self) -> Optional[Tensor]:
-        """Return flags that the check sums besides."""
-        return None
+    def _require_no_other(self) -> None:
+        """Raise ValueError, alike on every rank, if another optimizer has left points of its own in the parameters."""
+        if (parameter := self.trainer.taken()) is not None:
+            raise ValueError(
+                f"DistributedOptimizer: another one trains parameter {self.tracker.names[parameter]!r} too, and has "
+                f"left points in it that differ between ranks (this is rank {self.comm.rank}); call flush() of that "
+                "optimizer before this one steps"
+            )
+
+    def _has_written(self) -> Union[bool, Tensor]:
+        """Return whether a script has written into parameters since they were placed, if that matters."""
+        return False
+
+    @property
+    def _scaled(self) -> bool:
+        """True if a rank's gradients come from a GradScaler; all ranks agree on it."""
+        return self._verdict is not None and self._verdict.scaled
 
     def _step_digest(self) -> int:
         """Return 63 bits that differ if step, parameters, groups or what is frozen differ."""
@@ -149,11 +177,11 @@ class Reducer(abc.ABC):
         return int.from_bytes(digest, "little") >> 1
 
     def _hear_check(self) -> bool:
-        """Return whether ranks agree on this step; never waits, so that a hook may ask."""
+        """Return whether ranks agree on this step, and none has to wait for overflows; never waits: a hook may ask."""
         if self._check.arrived:
             self._verdict = self._check.finish()
             self._agreed = all(self._verdict.equal) and self._allows(self._verdict)
-        return self._agreed
+        return self._agreed and not self._scaled
 
     def _allows(self, verdict: Verdict) -> bool:
         return verdict.present == self.comm.size or self.algorithm.allreduce_only
@@ -199,6 +227,7 @@ class Reducer(abc.ABC):
         """Register hooks on new and unfrozen parameters; they get buckets at the next exchange."""
         if self.tracker.track():
             self._built = False
+            self.trainer.register(self.tracker.tracked)
 
     def build(self) -> None:
         """Cut buckets for tracked parameters that have none and allocate the algorithm's buffers."""

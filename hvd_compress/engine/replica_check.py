@@ -5,25 +5,10 @@ from __future__ import annotations
 from typing import Sequence
 
 import torch
-from torch import Tensor
 
 from hvd_compress.algorithms.base import State
 from hvd_compress.comm.communicator import Communicator
-
-TILE = 2**16
-
-
-def digest(values: Tensor) -> Tensor:
-    """Return an int64 that depends on every bit of the vector ``values`` and on their order."""
-    bits = values.view(torch.int16 if values.element_size() == 2 else torch.int32)
-    tile = min(bits.numel(), TILE) if bits.device.type == "cpu" else bits.numel()
-    total = torch.zeros((), dtype=torch.int64, device=bits.device)
-    if not tile:
-        return total
-    weights = torch.arange(1, tile + 1, device=bits.device) * 2654435761 | 1
-    for part in torch.split(bits, tile):
-        total = total * 6364136223846793005 + (part * weights[: part.numel()]).sum()
-    return total ^ (total >> 32)  # of round numbers the low bits are zeros
+from hvd_compress.engine.digest import digest
 
 
 def check_replicas(comm: Communicator, states: Sequence[State], step: int) -> None:

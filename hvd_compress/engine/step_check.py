@@ -11,7 +11,7 @@ Horovod has seen it before and answers from its cache. A rank that has joined ta
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional, Sequence
+from typing import NamedTuple, Optional, Sequence, Union
 
 import torch
 from torch import Tensor
@@ -28,12 +28,14 @@ class Verdict(NamedTuple):
     Attributes:
         present: number of ranks that have not called ``hvd.join()``.
         equal: for each number whether it is the same on all of them.
-        changes: the sums over ranks of the flags that were given besides.
+        scaled: whether a rank's gradients come from a GradScaler.
+        written: whether a rank's script has written into its parameters, or a rank does not know.
     """
 
     present: int
     equal: tuple[bool, ...]
-    changes: list[float]
+    scaled: bool
+    written: bool
 
 
 class StepCheck:
@@ -55,13 +57,23 @@ class StepCheck:
         """True if ``finish`` would not wait for another rank."""
         return self._handle is not None and self._handle.done()
 
-    def launch(self, numbers: Sequence[int], flags: Optional[Tensor] = None) -> None:
-        """Start to compare ``numbers`` over ranks, and to sum ``flags`` (any length and device; collective)."""
+    def launch(self, numbers: Sequence[int], scaled: bool = False, written: Union[bool, Tensor] = False) -> None:
+        """Start to compare ``numbers`` over ranks and to sum flags (collective).
+
+        Args:
+            scaled: whether this rank's gradients come from a GradScaler.
+            written: whether a script has written into this rank's parameters, perhaps on a device.
+        """
         squared = [part for number in numbers for word in _words(number) for part in (word, word * word)]
         # A rank that has joined takes part with zeros, which shows in the first number.
-        row = torch.tensor([1, *squared], dtype=torch.float64)
-        if flags is not None:
-            row = torch.cat((row.to(flags.device), flags.to(torch.float64)))
+        known = [1, *squared, int(scaled)]
+        if isinstance(written, Tensor) and written.device.type != "cpu":
+            row = torch.zeros(len(known) + 1, dtype=torch.float64, device=written.device)
+            for place, value in zip(row, known):  # a copy of the host's numbers would make it wait
+                place.fill_(value)
+            row[-1].copy_(written)
+        else:
+            row = torch.tensor([*known, int(written)], dtype=torch.float64)
         self._numbers, self._row = len(numbers), row
         self._handle = self._comm.allreduce_async(row, "step_check", Sum)
 
@@ -77,7 +89,7 @@ class StepCheck:
         # P numbers are equal if, and only if, the square of their sum is P times the sum of their squares.
         same = [int(total) ** 2 == round(present) * int(squares) for total, squares in words]
         equal = tuple(all(same[i : i + WORDS]) for i in range(0, len(same), WORDS))
-        return Verdict(round(present), equal, rest[2 * WORDS * self._numbers :])
+        return Verdict(round(present), equal, rest[-2] > 0, rest[-1] > 0)
 
     def forget(self, wait: bool) -> None:
         """Drop a check that has been launched; ``wait`` for it, as its name is needed again, unless a peer has died."""

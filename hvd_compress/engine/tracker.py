@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import weakref
-from typing import Any, Callable, Iterator, Optional, cast
+from typing import Any, Callable, Iterator, Optional, Sequence, cast
 
 import torch
 from torch import Tensor
@@ -47,10 +47,12 @@ class ParameterTracker:
         self.scaler: Optional[Any] = None
         self.scaled = False
         self.fired = False
+        self._scalers_used = 0
         self._passes_left: dict[Parameter, int] = {}
         # One rank needs no hooks to exchange, only to see loss scaling; passes are not counted then.
         self.counts_passes = comm.member and (comm.size > 1 or is_elastic())
         self._described: tuple[object, bytes] = (None, b"")
+        self._present: frozenset[int] = frozenset()
         self.track()
 
     @property
@@ -73,8 +75,16 @@ class ParameterTracker:
     def entries(self) -> Iterator[ParamEntry]:
         """Yield all parameters in the optimizer's order, also those without a gradient."""
         for index, group in enumerate(self.optimizer.param_groups):
-            for parameter in group["params"]:
+            for position, parameter in enumerate(group["params"]):
+                if parameter not in self.names:
+                    self._name(parameter, index, position)
                 yield ParamEntry(parameter, self.names[parameter], index)
+
+    def _name(self, parameter: Parameter, group: int, position: int) -> None:
+        """Name a parameter that a script has put into a group by hand, or that no name was given for."""
+        name, taken = f"allreduce.noname.{group}.{position}", set(self.names.values())
+        arguments = (name, *(f"{name}.{k}" for k in range(1, len(taken) + 2)))
+        self.names[parameter] = next(candidate for candidate in arguments if candidate not in taken)
 
     def tracked_entries(self) -> Iterator[ParamEntry]:
         """Yield the tracked parameters in the optimizer's order."""
@@ -104,12 +114,26 @@ class ParameterTracker:
                 for entry in self.entries()
                 if (p := entry.parameter) is not None
             ]
+            self._present = frozenset(known[0])
             self._described = known, hashlib.blake2b(repr(items).encode(), digest_size=8).digest()
         return self._described[1] + bytes(p.requires_grad for group in groups for p in group)
+
+    def inactive(self, parameters: Sequence[Parameter]) -> frozenset[int]:
+        """Return which of a bucket's parameters are frozen, or have been taken out of the optimizer."""
+        present = self._present
+        return frozenset(
+            i for i, p in enumerate(parameters) if not (p.requires_grad or p.grad is not None) or id(p) not in present
+        )
+
+    def notice_scaler(self) -> None:
+        """Find the GradScaler of gradients that no hook has seen."""
+        if not self.fired:
+            self.scaler = grad_scaler.used_since(self._scalers_used) or self.scaler
 
     def reset(self) -> None:
         """Count backward passes anew: a step is complete, or given up."""
         self.fired = False
+        self._scalers_used = grad_scaler.times_used()
         for parameter in self._passes_left:
             self._passes_left[parameter] = self.passes
 

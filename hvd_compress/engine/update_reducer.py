@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Optional, Sequence, cast
+import itertools
+import warnings
+from typing import Any, Callable, Sequence, Union, cast
 
 import torch
 from torch import Tensor
@@ -10,12 +12,22 @@ from torch.nn import Parameter
 
 from hvd_compress.algorithms.update_state import UpdateState
 from hvd_compress.bucket import FlatBuffer
-from hvd_compress.comm.communicator import Average, Communicator, Reduction
+from hvd_compress.comm.communicator import Average, Communicator, Reduction, Sum
 from hvd_compress.engine import local_gradients
 from hvd_compress.engine.agreement import Options
 from hvd_compress.engine.learning_rate import learning_rate
 from hvd_compress.engine.overwritten import Overwritten
 from hvd_compress.engine.reducer import Reducer
+
+_DIFFERENT_AT_FIRST = (
+    "hvd_compress: at the first step parameters differ between ranks (this is rank {rank}); call "
+    "hvd.broadcast_parameters(model.state_dict(), root_rank=0) before training"
+)
+_OWN_VALUES = (
+    "hvd_compress: between two steps each rank has written values of its own into {count} parameter(s), the first "
+    "{name!r} (this is rank {rank}); they count as a part of its next update. If they are to be the model, call "
+    "optimizer.adopt_parameters() after writing them"
+)
 
 
 class UpdateReducer(Reducer):
@@ -26,6 +38,7 @@ class UpdateReducer(Reducer):
     ) -> None:
         super().__init__(optimizer, names, comm, options)
         self._overwritten = Overwritten(comm)
+        self._warned = False
         self._stepping = False  # a closure's backward passes run inside the step
 
     @property
@@ -43,8 +56,8 @@ class UpdateReducer(Reducer):
             self._ensure_params()
             super()._on_first(parameter)
 
-    def _overwrite_flags(self) -> Optional[Tensor]:
-        return self._overwritten.flags(self._points)
+    def _has_written(self) -> Union[bool, Tensor]:
+        return self._overwritten.any_written(self._points)
 
     @property
     def _points(self) -> list[FlatBuffer]:
@@ -97,42 +110,57 @@ class UpdateReducer(Reducer):
         self._clip()
 
     def sync_buckets(self) -> None:
-        known = len(self.states)
         self._ensure_params()
         super().sync_buckets()
-        if self.states:
-            self._adopt_overwritten(known)
-
-    def _adopt_overwritten(self, known: int) -> None:
-        """Adopt as shared model the parameters that every rank has overwritten with equal values.
-
-        Args:
-            known: number of buckets that the step's check has looked at; later ones are new.
-        """
         assert self._verdict is not None
-        verdict, before = self._verdict, self.comm.bytes_sent
-        self._verdict = verdict._replace(changes=[])
-        new = self._points[known:]
-        if new and self.step == 0:
-            self._overwritten.warn_if_ranks_differ(new, verdict.present)
-        alike = self._overwritten.alike(self._points[:known], verdict.changes, verdict.present)
-        self.recorder.exclude_bytes(before)
-        if alike is not None:
-            for state, flags in zip(self.states, alike):
-                state.points.adopt_overwritten(flags, alone=self.comm.size == 1)
-        if new or alike is not None:
+        if self.states and self._verdict.written:
+            verdict, self._verdict = self._verdict, self._verdict._replace(written=False)
+            before = self.comm.bytes_sent
+            self._adopt_overwritten(verdict.present)
+            self.recorder.exclude_bytes(before)
             self.record_parameters()
+
+    def _adopt_overwritten(self, present: int) -> None:
+        """Let what a script has written into parameters count, by the rule of ``overwritten``."""
+        known, first = self._overwritten.recorded, self.step == 0
+        placed = [
+            None if index >= known or state.has_unsent_local_steps else state.points.expected_local()
+            for index, state in enumerate(self.states)
+        ]
+        written = self._overwritten.find(self._points, placed, present, self.step)
+        if written.rolled_back:
+            for state in self.states:
+                state.reset_to(self.mean_parameters(state, present))
+            return
+        for state, alike in zip(self.states, written.alike):
+            state.points.adopt_overwritten(alike, alone=self.comm.size == 1)
+        names = [name for state in self.states for name in state.bucket.layout.names]
+        own = [name for name, flag in zip(names, itertools.chain(*written.differing)) if flag]
+        if own and (first or not self._warned):
+            self._warned = self._warned or not first
+            message = _DIFFERENT_AT_FIRST if first else _OWN_VALUES
+            warnings.warn(message.format(name=own[0], count=len(own), rank=self.comm.rank), stacklevel=6)
+
+    def mean_parameters(self, state: UpdateState, present: int) -> Tensor:
+        """Return the mean over ranks of a bucket's parameters as they are, flat (collective)."""
+        total = state.bucket.copy_of_params()
+        self.comm.allreduce(total, f"{state.bucket.name}.parameters", Sum)
+        return total.div_(present)
 
     def reset_to_model(self) -> None:
         """Leave nothing pending; the model is what a script has written into parameters, else the shared one."""
         self._ensure_params()
-        changed = iter(self._overwritten.flags(self._points).tolist())
-        for state in self.states:
-            state.reset_to_model([bool(view.numel()) and next(changed) > 0 for view in state.points.local.views])
+        for state, changed in zip(self.states, self._overwritten.flags(self._points)):
+            state.reset_to_model(bool(changed))
+        self._overwritten.forget()
         self.record_parameters()
 
+    def remember_parameters(self) -> None:
+        """Note that a script may copy the parameters as they are, to put them back later."""
+        self._overwritten.remember(self._points, self.step)
+
     def record_parameters(self) -> None:
-        self._overwritten.record(self._points)
+        self._overwritten.record(self._points, self.step)
 
     def after_step(self) -> None:
         """Exchange what the wrapped optimizer has subtracted, if it is time to."""
@@ -144,6 +172,7 @@ class UpdateReducer(Reducer):
         if self.local_steps_done < self.algorithm.local_steps:
             for state in self.states:
                 state.has_unsent_local_steps = True
+            self.trainer.apart = True
             self.record_parameters()
             return
         self.local_steps_done = 0
@@ -156,5 +185,6 @@ class UpdateReducer(Reducer):
             for state in self.states:
                 state.finish()
         self.step += 1
+        self.trainer.apart = any(state.is_apart for state in self.states)
         self.recorder.close_step()
         self.record_parameters()

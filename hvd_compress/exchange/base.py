@@ -137,6 +137,9 @@ class Exchange(abc.ABC):
     def rescale_server_error(self, factor: float) -> None:  # noqa: B027
         """Let the server's error count ``factor`` times at this step, for which ``set_step`` has been called."""
 
+    def hold(self, inactive: frozenset[int]) -> None:  # noqa: B027
+        """Let the server's error of the parameters with these indices wait: nothing is sent of it."""
+
     def clear_server_error(self) -> None:  # noqa: B027
         """Set the server's error to zero."""
 

@@ -78,6 +78,7 @@ class ShardedServerExchange(Exchange):
             torch.zeros(end - begin, dtype=bucket.state_dtype, device=bucket.device) for _ in range(2)
         )
         self._error_factor = 1.0
+        self._held: frozenset[int] = frozenset()
         self._handle = Handle()
         self._received: tuple[Tensor, ...] = ()
 
@@ -103,12 +104,18 @@ class ShardedServerExchange(Exchange):
         received, _ = self._handle.wait()
         me, total = self._rank, self._next_error
         torch.mul(self.error, self._error_factor, out=total)
+        waiting = [view for i, view in enumerate(self._views(total)) if i in self._held] if self._held else []
+        kept = [view.clone() for view in waiting]
+        if waiting:
+            torch._foreach_zero_(waiting)
         for message in torch.split(received, self._sent.lengths[me]) if total.numel() else ():
             self._up.codecs[me].accumulate(self._sent.payload_of(message, me), total, 1.0 / self._size)
         codec, payload = self._down.codecs[me], self._answers.payloads[me]
         if payload.numel():
             codec.encode(total, payload)
             codec.subtract_sent(payload, total)
+        if waiting:
+            torch._foreach_copy_(waiting, kept)
         start = sum(self._answers.lengths[:me])
         answer = self._answers.buffer[start : start + self._answers.lengths[me]]
         self._handle = self.context.comm.allgather_async(answer, f"{self.name}.down")
@@ -135,14 +142,24 @@ class ShardedServerExchange(Exchange):
 
     def server_error(self) -> FlatBuffer:
         """Return ``error`` with one view per parameter: its part of the shard, flat."""
+        begins, start = [], 0
+        for numel in self.bucket.layout.numels:
+            begins.append(max(start, self.span[0]) - start)
+            start += numel
+        return FlatBuffer(self.error, self._views(self.error), tuple(begins))
+
+    def _views(self, shard: Tensor) -> list[Tensor]:
+        """Return the part of each parameter in a vector of this rank's shard."""
         begin, end = self.span
-        views, begins, start = [], [], 0
+        views, start = [], 0
         for numel in self.bucket.layout.numels:
             low, high = max(start, begin), min(start + numel, end)
-            views.append(self.error[low - begin : max(low, high) - begin])
-            begins.append(low - start)
+            views.append(shard[low - begin : max(low, high) - begin])
             start += numel
-        return FlatBuffer(self.error, views, tuple(begins))
+        return views
+
+    def hold(self, inactive: frozenset[int]) -> None:
+        self._held = inactive
 
     def server_pending(self) -> Tensor:
         """Return the servers' errors as a new flat vector whose mean over ranks they are.

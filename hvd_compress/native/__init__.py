@@ -12,7 +12,7 @@ import importlib
 import os
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
-from typing import Any, Callable, Optional, Sequence
+from typing import Any, Callable, Optional, Sequence, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ def load(name: str) -> Any:
     return None
 
 
+_Result = TypeVar("_Result")
 _kernels: Any = load("_kernels")
 
 GRAIN = 2**18  # elements per thread; with fewer, waking the thread takes longer than it saves
@@ -97,23 +98,34 @@ def add_product(target: Tensor, p: Tensor, columns: Tensor, alpha: float) -> Non
     )
 
 
+def digest(vector: Tensor) -> int:
+    """Return the sum of the bits of elements, each times an odd number that depends on its place, as int64.
+
+    Args:
+        vector: ``applies`` to it.
+    """
+    address, n = vector.data_ptr(), vector.numel()
+    slices = bounds(n, threads(n, n))
+    found: list[int] = run([partial(_kernels.digest, address + a * _FLOAT, b - a, a) for a, b in slices])
+    total = sum(found) % 2**64
+    return total - 2**64 if total >= 2**63 else total
+
+
 def threads(work: int, parts: int) -> int:
     """Return how many threads to use for ``work`` elements in at most ``parts`` slices, within torch's limit."""
     return max(1, min(torch.get_num_threads(), work // GRAIN, parts))
 
 
-def run(jobs: Sequence[Callable[[], None]]) -> None:
-    """Run all jobs and wait for them, in threads if there are several; jobs release the GIL."""
+def run(jobs: Sequence[Callable[[], _Result]]) -> list[_Result]:
+    """Run all jobs, in threads if there are several, and return their results; jobs release the GIL."""
     global _pool
     if len(jobs) == 1:
-        jobs[0]()
-        return
+        return [jobs[0]()]
     if _pool is None:
         _pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="hvd_compress")
     futures = [_pool.submit(job) for job in jobs]
     wait(futures)
-    for future in futures:
-        future.result()
+    return [future.result() for future in futures]
 
 
 def bounds(length: int, parts: int) -> list[tuple[int, int]]:

@@ -101,6 +101,28 @@ static PyObject *add_product(PyObject *self, PyObject *args)
     Py_RETURN_NONE;
 }
 
+/* The sum of words, each times an odd number that depends on its place */
+CLONES static uint64_t digest_loop(const uint32_t *restrict words, Py_ssize_t n, uint32_t first)
+{
+    uint64_t total = 0;
+    for (Py_ssize_t i = 0; i < n; i++)
+        total += (uint64_t)words[i] * (uint64_t)((first + (uint32_t)i) * 2654435761u | 1u);
+    return total;
+}
+
+static PyObject *digest(PyObject *self, PyObject *args)
+{
+    unsigned long long words;
+    Py_ssize_t n, first;
+    uint64_t total;
+    if (!PyArg_ParseTuple(args, "Knn", &words, &n, &first))
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    total = digest_loop(AT(const uint32_t, words), n, (uint32_t)first);
+    Py_END_ALLOW_THREADS
+    return PyLong_FromUnsignedLongLong(total);
+}
+
 static PyMethodDef methods[] = {
     {"fused_residual_update", fused_residual_update, METH_VARARGS,
      "fused_residual_update(x, e, z, n, local_coefficient, coefficient, decay): addresses of float32 vectors"},
@@ -108,6 +130,7 @@ static PyMethodDef methods[] = {
      "detached_point(x, e, out, n, coefficient): addresses of float32 vectors"},
     {"add_product", add_product, METH_VARARGS,
      "add_product(out, p, columns, n, m, r, alpha): addresses of float32 matrices of n x m, n x r and r x m"},
+    {"digest", digest, METH_VARARGS, "digest(words, n, first): address of 32-bit words, the first of them at a place"},
     {NULL, NULL, 0, NULL},
 };
 

@@ -71,6 +71,7 @@ class Consensus:
             for state, target in moved:
                 state.bucket.write_params(target)
             self._inside = point
+            reducer.remember_parameters()
             yield
         finally:
             self._inside = None
@@ -113,7 +114,25 @@ class Consensus:
         if stepping:
             self._step_with_pending(stepping)
         reducer.local_steps_done = 0
+        reducer.trainer.apart = False
         reducer.record_parameters()
+
+    @torch.no_grad()
+    def adopt(self) -> None:
+        """Make the parameters as they are the model, their mean where ranks differ, with nothing pending."""
+        reducer = self._reducer
+        if not reducer.comm.member:
+            return
+        self._require_idle("adopt_parameters()")
+        self._sync_buckets()
+        for state in reducer.states:
+            # In float64 the mean of equal numbers is that number.
+            mean = reducer.comm.allreduce(state.bucket.copy_of_params().double(), f"{state.bucket.name}.adopted")
+            state.reset_to(mean.to(state.bucket.state_dtype))
+        reducer.local_steps_done = 0
+        reducer.trainer.apart = False
+        reducer.record_parameters()
+        reducer.recorder.exclude_bytes()
 
     @torch.no_grad()
     def _step_with_pending(self, states: list[GradientState]) -> None:

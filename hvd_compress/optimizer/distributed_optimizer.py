@@ -32,6 +32,7 @@ from hvd_compress.engine.replica_check import check_replicas
 from hvd_compress.engine.update_reducer import UpdateReducer
 from hvd_compress.optimizer import arguments, checkpoint
 from hvd_compress.optimizer.consensus import Consensus
+from hvd_compress.optimizer.copies import copied, ours_of
 from hvd_compress.optimizer.scaled_step import ScaledStep
 from hvd_compress.optimizer.state_init import with_stateless_step
 from hvd_compress.telemetry import Stats
@@ -79,8 +80,8 @@ def DistributedOptimizer(
 
     Returns:
         An instance of a subclass of ``type(optimizer)`` with the same name, having besides torch's methods
-        ``synchronize``, ``skip_synchronize``, ``set_backward_passes_per_step``, ``consensus``, ``flush``
-        and ``stats``.
+        ``synchronize``, ``skip_synchronize``, ``set_backward_passes_per_step``, ``consensus``, ``flush``,
+        ``adopt_parameters`` and ``stats``.
 
     Raises:
         ValueError: if an argument is not allowed, Horovod is not initialised, or ranks disagree about the
@@ -276,6 +277,15 @@ class _DistributedOptimizer(torch.optim.Optimizer):
         """
         self._consensus.flush()
 
+    def adopt_parameters(self) -> None:
+        """Make the parameters as they are the model, their mean where ranks differ; nothing stays pending (collective).
+
+        For a script that has written into parameters between steps and means the result to be the model, whatever ranks
+        have not sent yet. Without this call, what all ranks have written alike is the model's, pending updates still
+        join it, and what each rank has written of its own counts as part of its next update.
+        """
+        self._consensus.adopt()
+
     def stats(self) -> Stats:
         """Return figures of the last exchange and in total, of this rank."""
         reducer = self._reducer
@@ -291,6 +301,9 @@ class _DistributedOptimizer(torch.optim.Optimizer):
         """Return torch's state, and under "hvd_compress" this rank's residual and the shared model."""
         state: dict[str, Any] = self._hvd_base.state_dict(self)
         return self._checkpoint.add_to_state(state)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return copied, (self._hvd_base.__getstate__(self), ours_of(self.state_dict()))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a ``state_dict()`` of this rank; a plain torch state empties the residuals."""

@@ -19,10 +19,11 @@ from hvd_compress.bucket import Bucket, ParamEntry
 from hvd_compress.comm.communicator import Handle, Reduction
 from hvd_compress.compressors import Layout, SummableCodec
 from hvd_compress.engine.agreement import Options
+from hvd_compress.engine.digest import digest
 from hvd_compress.engine.gradient_reducer import GradientReducer
+from hvd_compress.engine.overwritten import Overwritten, Written
 from hvd_compress.engine.reducer import Reducer
-from hvd_compress.engine.replica_check import digest
-from hvd_compress.engine.step_check import StepCheck
+from hvd_compress.engine.step_check import StepCheck, Verdict
 from hvd_compress.engine.update_reducer import UpdateReducer
 from hvd_compress.exchange import Context
 from tests.unit.accelerator import DEVICE, Accelerator, HostWaits, accelerator
@@ -245,9 +246,10 @@ def test_whole_steps(
     accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch, algorithm: BucketAlgorithm, size: int
 ) -> None:
     """The engine that drives the states, with a torch optimizer; parameters on two devices."""
-    # The step check has a test of its own, below.
-    monkeypatch.setattr(StepCheck, "launch_check", lambda self, points: None)
-    monkeypatch.setattr(StepCheck, "record_parameters", lambda self, points: None)
+    # The verdict needs real numbers; what comes before it has a test of its own, below.
+    verdict = Verdict(size, (True,), False, False)
+    monkeypatch.setattr(StepCheck, "finish", lambda self: (self.forget(wait=False), verdict)[1])
+    monkeypatch.setattr(Overwritten, "find", lambda self, points, *_: Written([], [], False))
     on_device, on_host = bucket(), bucket(device=torch.device("cpu"))
     parameters = [*on_device.parameters, *on_host.parameters]
     optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9, foreach=False)
@@ -265,25 +267,26 @@ def test_whole_steps(
         reducer.after_step()
     assert reducer.step == 3
     assert {s.bucket.device.type for s in reducer.states} == {"cuda", "cpu"}
-    assert len(comm.calls) == 6
+    assert len(comm.calls) == 9, "a check and two buckets a step"
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_step_check(accelerator: Accelerator, dtype: torch.dtype) -> None:
     """All of a step but its verdict, which the host must read: it decides what is done before the next step."""
     comm = StubCommunicator()
-    check, points = StepCheck(comm), [b.flat_buffer(b.dtype) for b in (bucket(), bucket(dtype))]  # type: ignore[arg-type]
-    for _ in range(2):
-        check.launch_check(points)
-        check.forget()
-        check.record_parameters(points)
+    check, watch = StepCheck(comm), Overwritten(comm)  # type: ignore[arg-type]
+    points = [b.flat_buffer(b.dtype) for b in (bucket(), bucket(dtype))]
+    for step in range(2):
+        watch.record(points, step)
+        check.launch([5], False, watch.any_written(points))
+        check.forget(wait=True)
     before = accelerator.operations
-    check.launch_check(points)
-    assert accelerator.operations - before < 25, "a few operations, however many parameters"
-    assert set(comm.calls) == {("step_check", torch.float32, 7, Sum)}, "one row: here, and a number for each parameter"
+    check.launch([5], False, watch.any_written(points))
+    assert accelerator.operations - before < 60, "a few operations, however many parameters"
+    assert set(comm.calls) == {("step_check", torch.float64, 9, Sum)}, "six words and three flags"
     assert digest(points[1].flat).dtype == torch.int64
     with pytest.raises(HostWaits, match="host"):  # the verdict needs real numbers
-        check.overwritten(points)
+        check.finish()
 
 
 @pytest.mark.parametrize("coefficient", [0.0, 0.3])

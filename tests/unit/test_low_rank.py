@@ -170,6 +170,37 @@ def test_ranks_together_do_powersgd_of_the_mean(ranks: int, dtype: torch.dtype) 
             torch.testing.assert_close(part.double(), expected, rtol=0, atol=1e-4 if dtype == torch.float32 else 1e-12)
 
 
+def test_each_rank_gives_away_its_own_part() -> None:
+    """What ranks subtract is what is decoded, on the mean; of what they do not share too, so a residual is bounded."""
+    codecs = [coder(dtype=torch.float64, rank=2) for _ in range(3)]
+    apart = [values(LAYOUT.total, seed=k, dtype=torch.float64) for k in range(3)]
+    mean = torch.stack(apart).mean(0)
+    own = [part - mean for part in apart]  # nothing in common: the aggregate is zero up to rounding
+    residuals = [torch.zeros_like(part) for part in own]
+    sizes = []
+    for step in range(400):
+        compensated = [e + g for e, g in zip(residuals, own)]
+        decoded = exchange(codecs, compensated, step)[0]
+        residuals = [p.clone() for p in compensated]
+        for codec, residual in zip(codecs, residuals):
+            codec.subtract_sent(residual)
+        given = torch.stack([p - e for p, e in zip(compensated, residuals)]).mean(0)
+        torch.testing.assert_close(given, decoded, rtol=0, atol=1e-9)
+        sizes.append(float(torch.stack(residuals).norm()))
+    assert sizes[-1] < 3 * sizes[40], f"{sizes[40]} after 40 steps, {sizes[-1]} after 400"
+
+
+def test_a_step_that_is_given_up_leaves_the_warm_start() -> None:
+    codec = coder(rank=2)
+    exchange([codec], [values(LAYOUT.total)])
+    before = [t.clone() for t in codec.warm_start()["warm"]]
+    for index, numel in enumerate(codec.numels):
+        payload = torch.empty(numel)
+        codec.encode(index, values(LAYOUT.total, seed=5), payload)
+        codec.receive(index, payload)
+    assert all(map(torch.equal, before, codec.warm_start()["warm"]))
+
+
 def test_accumulate_adds() -> None:
     codec, flat, other = coder(rank=2), values(LAYOUT.total), values(LAYOUT.total, seed=1)
     decoded, before = exchange([codec], [flat])[0], other.clone()

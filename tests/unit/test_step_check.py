@@ -1,68 +1,70 @@
-"""The step check for overwritten parameters, on one rank; several ranks are in the multirank jobs."""
+"""The check of a step: numbers that are equal on all ranks, ranks that are missing; digests."""
 
 from __future__ import annotations
+
+from typing import Sequence
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.nn import Parameter
 
-from hvd_compress.bucket import Bucket, FlatBuffer, ParamEntry
-from hvd_compress.engine.replica_check import digest
-from hvd_compress.engine.step_check import SAMPLES, StepCheck
+from hvd_compress.engine.digest import digest
+from hvd_compress.engine.step_check import StepCheck, Verdict
 from tests.unit.test_devices import StubCommunicator
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+numbers = st.lists(st.lists(st.integers(0, 2**63 - 1), min_size=2, max_size=2), min_size=1, max_size=5)
 
 
-def point(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> FlatBuffer:
-    parameters = [Parameter(torch.zeros(shape, dtype=dtype)) for shape in shapes]
-    return Bucket("bucket", [ParamEntry(p, f"p{i}", 0) for i, p in enumerate(parameters)]).flat_buffer(dtype)
+def together(ranks: Sequence[Sequence[int]], scaled: Sequence[bool] = (), joined: int = 0) -> list[Verdict]:
+    """Return the verdict of each rank, besides which some have joined."""
+    checks = []
+    for k, own in enumerate(ranks):
+        check = StepCheck(StubCommunicator(len(ranks) + joined))  # type: ignore[arg-type]
+        check.launch(own, bool(scaled) and scaled[k], k == 1)
+        checks.append(check)
+    rows = [check._row for check in checks]
+    total = torch.stack([row for row in rows if row is not None]).sum(0)
+    for row in rows:
+        assert row is not None
+        row.copy_(total)
+    return [check.finish() for check in checks]
 
 
-def recorded(*points: FlatBuffer) -> StepCheck:
+@given(numbers, st.integers(0, 3))
+def test_numbers_are_compared_exactly(ranks: list[list[int]], joined: int) -> None:
+    expected = tuple(len({own[i] for own in ranks}) == 1 for i in range(2))
+    for verdict in together(ranks, joined=joined):
+        assert verdict.equal == expected
+        assert verdict.present == len(ranks)
+        assert verdict.written == (len(ranks) > 1)
+
+
+def test_a_single_bit_is_seen_among_many_ranks() -> None:
+    for bit in (0, 20, 21, 41, 42, 62):
+        ranks = [[2**62 + 5]] * 1000 + [[(2**62 + 5) ^ (1 << bit)]]
+        assert together(ranks)[0].equal == (False,)
+    assert together([[2**63 - 1]] * 2000)[0].equal == (True,)
+
+
+def test_one_rank_that_scales_is_enough() -> None:
+    assert [v.scaled for v in together([[1], [1]], scaled=(False, True))] == [True, True]
+    assert [v.scaled for v in together([[1], [1]])] == [False, False]
+
+
+def test_a_check_ends_once() -> None:
     check = StepCheck(StubCommunicator(1))  # type: ignore[arg-type]
-    check.record_parameters(points)
-    return check
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_each_parameter_on_its_own(dtype: torch.dtype) -> None:
-    points = point((40, 9), (0, 3), (), (5,), dtype=dtype), point((0,)), point((3,), (2, 2))
-    check = recorded(*points)
-    check.launch_check(points)
-    assert check.overwritten(points) is None
-    points[0].views[2].fill_(1)
-    points[2].views[0][1] = 1
-    check.launch_check(points)
-    assert check.overwritten(points) == [[False, False, True, False], [False], [True, False]]
-    check.record_parameters(points)
-    points[0].views[0].fill_(torch.nan)
-    check.launch_check(points)
-    assert check.overwritten(points) == [[True, False, False, False], [False], [False, False]]
-    check.record_parameters(points)
-    check.launch_check(points)
-    assert check.overwritten(points) is None, "NaN that stays where it was"
-
-
-@given(st.integers(1, SAMPLES), st.data())
-def test_of_a_small_parameter_every_element_is_seen(numel: int, data: st.DataObject) -> None:
-    points = [point((3,), (numel,), (2,))]
-    check = recorded(*points)
-    points[0].views[1][data.draw(st.integers(0, numel - 1))] = 1
-    check.launch_check(points)
-    assert check.overwritten(points) == [[False, True, False]]
-
-
-def test_new_buckets_count_as_rewritten_and_a_row_under_way_ends() -> None:
-    points = [point((3,))]
-    check = recorded(*points)
-    check.launch_check(points)
-    points.append(point((2,)))
-    assert check.overwritten(points) is None, "launched before the second bucket was cut"
-    check.launch_check(points)
-    assert check.overwritten(points) == [[True], [True]]
+    assert not check.launched
+    assert not check.arrived
+    check.launch([3])
+    assert check.launched
+    assert check.arrived
+    assert check.finish() == Verdict(1, (True,), False, False)
+    assert not check.launched
+    check.launch([3])
+    check.forget(wait=True)
+    assert not check.launched
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -77,3 +79,12 @@ def test_a_digest_depends_on_every_element_and_on_order(dtype: torch.dtype, nume
             seen.add(int(digest(changed)) & (2**63 - 1))
     assert len(seen) == 1 + 4 * len({0, numel // 2, numel - 1})
     assert int(digest(values[:0])) == 0
+
+
+@pytest.mark.parametrize("numel", [1, 5, 2**16 - 1, 2**16, 2**17 + 3])
+def test_compiled_loops_give_the_same_digest(numel: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = torch.randn(numel, generator=torch.Generator().manual_seed(numel))
+    monkeypatch.setattr("hvd_compress.native.GRAIN", 1000)
+    compiled = int(digest(values))
+    monkeypatch.setattr("hvd_compress.native._kernels", None)
+    assert int(digest(values)) == compiled
