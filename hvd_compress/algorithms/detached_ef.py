@@ -203,7 +203,7 @@ class _BestCoefficient:
 
     def __init__(self, bucket: Bucket, context: Context) -> None:
         self._on_host = bucket.device.type == "cpu"
-        self._dtype = bucket.state_dtype
+        self._dtype, self._device = bucket.state_dtype, bucket.device
         square = torch.zeros(1, dtype=bucket.state_dtype, device=bucket.device)
         # Scale factors from 2^16 on are no payload's, so Horovod never fuses this number with one.
         scale = 2.0 ** (16 + bucket.ordinal % 16)
@@ -242,5 +242,9 @@ class _BestCoefficient:
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Restore ``state_dict``."""
-        self.coefficient = float(saved["coefficient"])
-        self._mean_square, self._square_mean = float(saved["mean_square"]), float(saved["square_mean"])
+        self.coefficient = self._number(saved["coefficient"])
+        self._mean_square, self._square_mean = self._number(saved["mean_square"]), self._number(saved["square_mean"])
+
+    def _number(self, value: float) -> Coefficient:
+        """Return what ``update`` keeps: on an accelerator a tensor, whose sums round otherwise than Python's."""
+        return float(value) if self._on_host else torch.full((), value, dtype=self._dtype, device=self._device)

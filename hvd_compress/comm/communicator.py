@@ -56,15 +56,13 @@ class Reduction(NamedTuple):
     predivide: float = 1.0
 
 
-def sleep_until_done(handle: int) -> None:
-    """Wait for a collective of Horovod's, leaving the processor to others.
-
-    ``hvd.synchronize`` spins, which slows down ranks that share a core and Horovod's own thread.
-    """
-    pause = 2e-5
-    while not hvd.poll(handle):
-        time.sleep(pause)
-        pause = min(pause * 1.5, 2e-4)
+def _require_writable(tensor: Tensor, name: str) -> None:
+    """Raise RuntimeError if Horovod's thread could not write a result for ``tensor``; it would end, and ranks hang."""
+    if torch.is_inference_mode_enabled() or tensor.is_inference() or tensor.requires_grad:
+        raise RuntimeError(
+            f"{name} (rank {hvd.rank()}): a collective in torch.inference_mode(), or of a tensor made in it or that "
+            "requires a gradient: use torch.no_grad() instead"
+        )
 
 
 class Handle:
@@ -156,6 +154,7 @@ class Communicator:
         self, tensor: Tensor, name: str, op: int = Average, prescale: float = 1.0, postscale: float = 1.0
     ) -> Handle:
         """Start to reduce ``tensor`` (contiguous; int32, int64, float16/32/64) over ranks by ``op``, in place."""
+        _require_writable(tensor, name)
         if self.size == 1:
             if prescale * postscale != 1.0:
                 tensor.mul_(prescale * postscale)
@@ -178,10 +177,11 @@ class Communicator:
 
     def any_rank(self, flag: bool) -> bool:
         """Return whether ``flag`` is True on any rank (blocking; one number)."""
-        return bool(self.allreduce(torch.tensor([int(flag)], dtype=torch.int32), "any", Sum).item())
+        return bool(self.allreduce(torch.tensor([int(flag)], dtype=torch.int32, device="cpu"), "any", Sum).item())
 
     def allgather_async(self, tensor: Tensor, name: str) -> Handle:
         """Start to concatenate the ranks' tensors (any dtype but bfloat16) along the first dimension, in rank order."""
+        _require_writable(tensor, name)
         if self.size == 1:
             return Handle(result=tensor)
         self.bytes_sent += (self.size - 1) * tensor.numel() * tensor.element_size()
@@ -198,6 +198,7 @@ class Communicator:
 
         The handle's result is (received, concatenated in rank order; number of elements from each rank).
         """
+        _require_writable(tensor, name)
         if self.size == 1:
             return Handle(result=(tensor, splits))
         own = int(splits[self.rank])
@@ -210,7 +211,7 @@ class Communicator:
         if self.size == 1:
             return [value]
         data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
-        lengths = self.allgather(torch.tensor([data.numel()]), f"{name}.length").tolist()
+        lengths = self.allgather(torch.tensor([data.numel()], device="cpu"), f"{name}.length").tolist()
         parts = torch.split(self.allgather(data, f"{name}.data"), lengths)
         return [pickle.loads(part.numpy().tobytes()) for part in parts]
 
@@ -227,6 +228,7 @@ class Communicator:
 
         def wait() -> Tensor:
             with self.waiting():
-                return finish()
+                # Adding duplicates is not deterministic on an accelerator: sum them here, so that all ranks agree.
+                return finish().coalesce()
 
         return wait

@@ -153,7 +153,10 @@ class CountSketchCodec(Codec):
         if native.applies(self.rows, payload):
             capacity = native.candidate_capacity(self._n, count)
             if self._candidates is None or self._candidates[1].numel() != capacity:
-                self._candidates = torch.empty(capacity, dtype=torch.int64), torch.empty(capacity, dtype=torch.int32)
+                self._candidates = (
+                    torch.empty(capacity, dtype=torch.int64, device="cpu"),
+                    torch.empty(capacity, dtype=torch.int32, device="cpu"),
+                )
             native.largest(table, rotations.offsets, rotations.signs, self._n, count, *self._candidates)
             return self._candidates[0][:count]
         if self._estimates is None:

@@ -20,7 +20,7 @@ def digest(values: Tensor) -> Tensor:
     accelerators compute the same.
     """
     if native.applies(values):
-        total = torch.tensor(native.digest(values), dtype=torch.int64)
+        total = torch.tensor(native.digest(values), dtype=torch.int64, device="cpu")
     else:
         words = values.view(torch.int16 if values.element_size() == 2 else torch.int32)
         total = torch.zeros((), dtype=torch.int64, device=words.device)

@@ -105,8 +105,8 @@ class Overwritten:
             masks.append([None] * len(numels) if mask is None else list(pieces(mask, numels)))
             for values, changed in zip(pieces(point.flat, numels), masks[-1]):
                 rows.append(_row(values, changed).cpu())
-        former = torch.tensor([self._former_step(points, step)], dtype=torch.int64)
-        table = torch.stack(rows) if rows else torch.zeros((0, 3), dtype=torch.int64)
+        former = torch.tensor([self._former_step(points, step)], dtype=torch.int64, device="cpu")
+        table = torch.stack(rows) if rows else torch.zeros((0, 3), dtype=torch.int64, device="cpu")
         equal, seen = self._compare(table, former, present)
         by_parameter = iter(zip(equal, seen))
         alike: list[list[Alike]] = []
@@ -125,7 +125,7 @@ class Overwritten:
         if not points or len(points) < len(self._former):
             return -1
         count = len(self._steps)
-        same = torch.ones(count, dtype=torch.bool)
+        same = torch.ones(count, dtype=torch.bool, device="cpu")
         for point, former in zip(points, self._former):
             same &= (former[:count] == digest(point.flat)).cpu()
         found = same.nonzero()

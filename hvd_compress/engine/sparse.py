@@ -20,7 +20,7 @@ def agree_sparse(comm: Communicator, parameters: Sequence[Parameter]) -> list[Pa
     own = [int(p.grad is not None and p.grad.is_sparse) for p in parameters]
     if not parameters:
         return []
-    flags = comm.allreduce(torch.tensor(own, dtype=torch.int32), "sparse", Sum).tolist()
+    flags = comm.allreduce(torch.tensor(own, dtype=torch.int32, device="cpu"), "sparse", Sum).tolist()
     return [p for p, flag in zip(parameters, flags) if flag]
 
 

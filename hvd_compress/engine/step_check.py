@@ -73,7 +73,7 @@ class StepCheck:
                 place.fill_(value)
             row[-1].copy_(written)
         else:
-            row = torch.tensor([*known, int(written)], dtype=torch.float64)
+            row = torch.tensor([*known, int(written)], dtype=torch.float64, device="cpu")
         self._numbers, self._row = len(numbers), row
         self._handle = self._comm.allreduce_async(row, "step_check", Sum)
 
@@ -100,7 +100,9 @@ class StepCheck:
 
 def largest(comm: Communicator, numbers: Sequence[int]) -> list[int]:
     """Return the largest of each number over ranks (collective)."""
-    found: list[int] = comm.allreduce(torch.tensor(list(numbers), dtype=torch.int64), "largest", Max).tolist()
+    found: list[int] = comm.allreduce(
+        torch.tensor(list(numbers), dtype=torch.int64, device="cpu"), "largest", Max
+    ).tolist()
     return found
 
 

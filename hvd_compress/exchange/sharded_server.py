@@ -72,7 +72,7 @@ class ShardedServerExchange(Exchange):
         self._sent, self._answers = _Messages(self._up, bucket.device), _Messages(self._down, bucket.device)
         for what, messages in (("messages to servers", self._sent), ("servers' answers", self._answers)):
             require_countable(bucket, what, messages.buffer.numel())
-        self._splits = torch.tensor(self._sent.lengths, dtype=torch.int32)
+        self._splits = torch.tensor(self._sent.lengths, dtype=torch.int32, device="cpu")
         begin, end = self.span
         self.error, self._next_error = (
             torch.zeros(end - begin, dtype=bucket.state_dtype, device=bucket.device) for _ in range(2)

@@ -71,7 +71,7 @@ def merge_messages(codec: TopKCodec, own: Array, other: Array) -> tuple[Array, A
     sizes = np.where(np.isnan(sums), np.inf, np.abs(sums))
     order = np.argsort(-sizes, kind="stable")
     kept, dropped = np.sort(order[: codec.k]), order[codec.k :]
-    message = torch.zeros(codec.numel, dtype=codec.dtype)
+    message = torch.zeros(codec.numel, dtype=codec.dtype, device="cpu")
     values, places = codec.unpack(message)
     # There are fewer than k only where messages overlap entirely; free slots are zeros at coordinate 0.
     values[: len(kept)] = torch.from_numpy(sums[kept])

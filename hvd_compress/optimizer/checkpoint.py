@@ -61,7 +61,7 @@ class OptimizerCheckpoint:
         groups[0][KEY] = shared
         state.update({KEY: ours, "param_groups": groups})
         if self._has_no_state() and groups[0]["params"]:
-            state["state"] = {**state["state"], groups[0]["params"][0]: {KEY: torch.tensor(ours["step"])}}
+            state["state"] = {**state["state"], groups[0]["params"][0]: {KEY: torch.tensor(ours["step"], device="cpu")}}
         return state
 
     def save_buffers(self) -> dict[str, Any]:

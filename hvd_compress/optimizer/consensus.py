@@ -16,6 +16,13 @@ from hvd_compress.engine.reducer import Reducer
 POINTS = ("shared", "virtual")
 
 
+@contextlib.contextmanager
+def _writable_tensors() -> Iterator[None]:
+    """Make tensors that Horovod and training can write to, also where an evaluation has turned on inference mode."""
+    with torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext():
+        yield
+
+
 class Consensus:
     """The implementation of an optimizer's ``consensus()`` and ``flush()``."""
 
@@ -39,11 +46,9 @@ class Consensus:
                 "has begun; call it after step()"
             )
 
+    @torch.no_grad()
     def _sync_buckets(self) -> None:
-        # Buffers made here outlive an evaluation in inference mode, and training must be able to write to them.
-        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext():
-            with torch.no_grad():
-                self._reducer.sync_buckets()
+        self._reducer.sync_buckets()
         self._reducer.forget_agreement()
 
     @contextlib.contextmanager
@@ -56,17 +61,7 @@ class Consensus:
             yield
             return
         self._require_idle("consensus()")
-        self._sync_buckets()
-        if point == "virtual" and (pending := self._with_pending_gradients()):
-            name, kind = pending[0].bucket.layout.names[0], type(reducer.optimizer).__name__
-            raise RuntimeError(
-                f"consensus(point='virtual') (rank {reducer.comm.rank}, parameter {name!r}): the residual holds "
-                f"gradients, and the update that {kind} makes of them is known only when it steps with them; use "
-                "point='shared', or an algorithm whose residual holds updates (DEF)"
-            )
-        moved = [(state, target) for state in reducer.states if (target := self._target(state, point)) is not None]
-        for state, _ in moved:
-            state.training_parameters = [p.detach().clone() for p in state.bucket.parameters]
+        moved = self._prepare(point)
         try:
             for state, target in moved:
                 state.bucket.write_params(target)
@@ -78,6 +73,27 @@ class Consensus:
             for state, _ in moved:
                 values, state.training_parameters = state.training_parameters, None
                 torch._foreach_copy_([p.data for p in state.bucket.parameters], cast("list[Tensor]", values))
+
+    @_writable_tensors()
+    def _prepare(self, point: str) -> list[tuple[State, Tensor]]:
+        """Return the buckets whose parameters are not at ``point``, with the vector to put there; keep what they are.
+
+        Raises:
+            RuntimeError: if the virtual iterate isn't known before the wrapped optimizer steps with the residual.
+        """
+        reducer = self._reducer
+        self._sync_buckets()
+        if point == "virtual" and (pending := self._with_pending_gradients()):
+            name, kind = pending[0].bucket.layout.names[0], type(reducer.optimizer).__name__
+            raise RuntimeError(
+                f"consensus(point='virtual') (rank {reducer.comm.rank}, parameter {name!r}): the residual holds "
+                f"gradients, and the update that {kind} makes of them is known only when it steps with them; use "
+                "point='shared', or an algorithm whose residual holds updates (DEF)"
+            )
+        moved = [(state, target) for state in reducer.states if (target := self._target(state, point)) is not None]
+        for state, _ in moved:
+            state.training_parameters = [p.detach().clone() for p in state.bucket.parameters]
+        return moved
 
     def _target(self, state: State, point: str) -> Optional[Tensor]:
         """Return the flat vector to put into a bucket's parameters at ``point``; None if they are there already."""
@@ -100,6 +116,7 @@ class Consensus:
             return []
         return [state for state in self._reducer.states if isinstance(state, GradientState) and state.has_residual]
 
+    @_writable_tensors()
     def flush(self) -> None:
         """Apply the mean of all residuals to the model and empty them."""
         reducer = self._reducer
@@ -117,6 +134,7 @@ class Consensus:
         reducer.trainer.apart = False
         reducer.record_parameters()
 
+    @_writable_tensors()
     @torch.no_grad()
     def adopt(self) -> None:
         """Make the parameters as they are the model, their mean where ranks differ, with nothing pending."""

@@ -297,3 +297,13 @@ def test_adopting_overwritten_parameters(accelerator: Accelerator, coefficient: 
     assert isinstance(state, UpdateState)
     for flags in ([True, False, False, True], [True, True, False, True], [False] * 4):
         state.points.adopt_overwritten(flags, alone)
+
+
+def test_measured_coefficients_are_loaded_as_they_were_kept(accelerator: Accelerator) -> None:
+    """A running mean kept on the device rounds otherwise than Python's numbers: resuming must be exact."""
+    state = DEF(COMPRESSORS[0], "auto").attach(bucket(), Context(StubCommunicator()))  # type: ignore[arg-type]
+    measured = state._measured
+    assert measured is not None
+    measured.load_state_dict({"coefficient": 0.3, "mean_square": 2.0, "square_mean": 0.6})
+    for number in (measured.coefficient, measured._mean_square, measured._square_mean):
+        assert isinstance(number, Tensor) and number.device == DEVICE

@@ -128,6 +128,24 @@ def test_without_init_the_remedy_is_named() -> None:
 # -- house rules ---------------------------------------------------------------------------------------
 
 
+FACTORIES = {"arange", "empty", "eye", "full", "linspace", "ones", "rand", "randn", "randperm", "tensor", "zeros"}
+
+
+@files
+def test_new_tensors_say_where_they_are(path: Path) -> None:
+    """Scripts set a default device, and Horovod's small numbers and compiled loops need host memory all the same."""
+    silent = [
+        f"line {node.lineno}: {ast.unparse(node)}"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr in FACTORIES
+        and ast.unparse(node.func.value) == "torch"
+        and "device" not in {keyword.arg for keyword in node.keywords}
+    ]
+    assert not silent
+
+
 # From the top down: a room imports itself and the rooms after it, never one before it.
 ROOMS = {
     "optimizer": "what the user's object does",

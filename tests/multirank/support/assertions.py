@@ -21,8 +21,9 @@ def same_everywhere(vector: Tensor, what: str) -> None:
 def close(actual: Tensor, expected: Any, tolerance: float, what: str) -> None:
     """Fail unless ``actual`` equals ``expected`` up to ``tolerance``, relative to the norm of the latter."""
     wanted = expected if isinstance(expected, Tensor) else torch.from_numpy(np.asarray(expected))
-    difference = torch.linalg.vector_norm(actual.double() - wanted.double())
-    error = float(difference / torch.linalg.vector_norm(wanted.double()).clamp(min=1e-30))
+    wanted = wanted.to(actual.device, torch.float64)
+    difference = torch.linalg.vector_norm(actual.double() - wanted)
+    error = float(difference / torch.linalg.vector_norm(wanted).clamp(min=1e-30))
     assert error <= tolerance, f"{what}: relative error {error:.3g} > {tolerance:g} (rank {hvd.rank()})"
 
 

@@ -21,8 +21,8 @@ def network(dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
 
 def loss_of(model: nn.Module, rank: int, step: int) -> Tensor:
     """Return the reference's loss on the data of ``rank`` at ``step``."""
-    dtype = next(model.parameters()).dtype
-    inputs, targets = (torch.from_numpy(a).to(dtype) for a in reference.batch(rank, step))
+    like = next(model.parameters())
+    inputs, targets = (torch.from_numpy(a).to(like) for a in reference.batch(rank, step))
     loss: Tensor = ((model(inputs) - targets) ** 2).mean()
     return loss
 
@@ -44,3 +44,8 @@ class Embedded(nn.Module):
 def flat(model: nn.Module) -> Tensor:
     """Return a copy of all parameters as one vector."""
     return torch.cat([p.detach().reshape(-1) for p in model.parameters()]).clone()
+
+
+def device_type() -> str:
+    """Return where models and tensors are: "cpu", or "cuda" if the launch was told so."""
+    return torch.empty(0).device.type

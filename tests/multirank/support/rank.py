@@ -24,7 +24,7 @@ def main() -> None:
     """Run the checks of the files on the command line, in order.
 
     With HVD_COMPRESS_NOTES, a directory, this rank writes a line of JSON there per case: file and case, and "ok" or a
-    traceback.
+    traceback. With HVD_COMPRESS_TEST_DEVICE, such as "cuda:0", models and tensors are there.
     """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("files", nargs="+", help="job files below jobs/, such as contract/stepping")
@@ -33,6 +33,8 @@ def main() -> None:
     torch.set_num_threads(1)
     wait_without_spinning()
     hvd.init()
+    if "HVD_COMPRESS_TEST_DEVICE" in os.environ:
+        torch.set_default_device(os.environ["HVD_COMPRESS_TEST_DEVICE"])
     directory = os.environ.get("HVD_COMPRESS_NOTES")
     with open(f"{directory}/notes.{hvd.rank()}.jsonl" if directory else os.devnull, "w") as notes:
         for file in args.files:

@@ -179,7 +179,7 @@ def matrix_of(sketch: CountSketch, names: tuple[str, ...] = ORDER) -> Callable[[
     def at(step: int) -> tuple[Array, int]:
         codec.set_step(step)
         matrix = np.zeros((codec.numel, TOTAL))
-        for place, unit in zip(np.flatnonzero(sketched), torch.eye(layout.total, dtype=torch.float64)):
+        for place, unit in zip(np.flatnonzero(sketched), torch.eye(layout.total, dtype=torch.float64, device="cpu")):
             payload = torch.zeros(codec.numel, dtype=codec.dtype)
             codec.encode(unit, payload)
             matrix[:, place] = payload.numpy()

@@ -12,7 +12,7 @@ from tests.multirank.support.algorithm_cases import EXACT, LOSSY
 from tests.multirank.support.assertions import close, same_everywhere
 from tests.multirank.support.cases import cases, scales_on_cpu, several_ranks
 from tests.multirank.support.internals import residuals
-from tests.multirank.support.networks import flat, loss_of, network
+from tests.multirank.support.networks import device_type, flat, loss_of, network
 from tests.multirank.support.training import process_set, wrap
 
 RANKS = (2,)
@@ -50,7 +50,7 @@ def check_scaled_training_equals_unscaled(compression: Any, recipe: str) -> None
     model, plain = network(torch.float64), network(torch.float64)
     optimizer = wrap(model, torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9), compression)
     twin = wrap(plain, torch.optim.SGD(plain.parameters(), lr=0.05, momentum=0.9), compression)
-    scaler = torch.amp.GradScaler("cpu", init_scale=SCALE, growth_interval=3)  # grows: 2^10 .. 2^13
+    scaler = torch.amp.GradScaler(device_type(), init_scale=SCALE, growth_interval=3)  # grows: 2^10 .. 2^13
     for t in range(10):
         step(model, optimizer, scaler, t, recipe)
         twin.zero_grad()
@@ -71,7 +71,7 @@ def check_clipping_of_local_gradients_sees_them_unscaled(fused: bool) -> None:
         model = network()
         plain = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, fused=fused)
         optimizer = wrap(model, plain, DEF(TopK(0.25), 0.0, clip_norm=0.05))
-        scaler = torch.amp.GradScaler("cpu", init_scale=SCALE, enabled=enabled)
+        scaler = torch.amp.GradScaler(device_type(), init_scale=SCALE, enabled=enabled)
         for t in range(5):
             step(model, optimizer, scaler, t, recipe="step")
         results.append(flat(model) - flat(network()))
@@ -83,7 +83,7 @@ def check_clipping_of_local_gradients_sees_them_unscaled(fused: bool) -> None:
 def check_overflow_on_one_rank_skips_everywhere(compression: Any, recipe: str) -> None:
     model = network()
     optimizer = wrap(model, torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9), compression)
-    scaler = torch.amp.GradScaler("cpu", init_scale=SCALE)
+    scaler = torch.amp.GradScaler(device_type(), init_scale=SCALE)
     for t in range(3):
         step(model, optimizer, scaler, t, recipe)
     before = flat(model)
@@ -109,7 +109,7 @@ def check_scaled_and_unscaled_steps_mix(compression: Any) -> None:
     model, plain = network(torch.float64), network(torch.float64)
     optimizer = wrap(model, torch.optim.SGD(model.parameters(), lr=0.05), compression)
     twin = wrap(plain, torch.optim.SGD(plain.parameters(), lr=0.05), compression)
-    scaler = torch.amp.GradScaler("cpu", init_scale=SCALE)
+    scaler = torch.amp.GradScaler(device_type(), init_scale=SCALE)
     for t in range(8):
         if t % 2:
             step(model, optimizer, scaler, t, recipe="synchronize")
@@ -132,7 +132,7 @@ def check_ranks_outside_the_process_set_scale_on_their_own(compression: Any, fus
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, fused=fused)
         optimizer = wrap(model, optimizer, compression, process_set=some)
         twin = torch.optim.SGD(plain.parameters(), lr=0.05, momentum=0.9)
-        scaler = torch.amp.GradScaler("cpu", init_scale=SCALE)
+        scaler = torch.amp.GradScaler(device_type(), init_scale=SCALE)
         for t in range(4):
             infinite = t == 1
             step(model, optimizer, scaler, t, recipe="synchronize" if t == 2 else "step", infinite=infinite)

@@ -18,7 +18,7 @@ from hvd_compress import DEF, EF, LIEC, Dense, DistEF, RandomBlock
 from tests.multirank.support.assertions import same_everywhere
 from tests.multirank.support.cases import SCALES_ON_CPU, cases
 from tests.multirank.support.harness import ROOT
-from tests.multirank.support.networks import flat
+from tests.multirank.support.networks import device_type, flat
 from tests.multirank.support.training import wrap
 
 RANKS = (3,)  # two of them make a process set
@@ -42,7 +42,7 @@ def names(compression: Any) -> dict[str, Any]:
         "model": model,
         "optimizer": optimizer,
         "batches": [(torch.randn(4, 5), torch.randn(4, 3)) for _ in range(6)],
-        "device": "cpu",
+        "device": device_type(),
         "loss_function": nn.functional.mse_loss,
         "directory": Path(directory),
     }

@@ -11,8 +11,8 @@ from torch import nn
 from hvd_compress import DEF, CountSketch, Dense, GlobalSketch, Identity, RandomBlock, TopK
 from tests.multirank.support.algorithm_cases import EXACT, LOSSY, exchanges_updates, is_exact
 from tests.multirank.support.assertions import close, same_everywhere
-from tests.multirank.support.cases import cases, scales_on_cpu
-from tests.multirank.support.networks import Embedded, flat
+from tests.multirank.support.cases import cases, requires
+from tests.multirank.support.networks import Embedded, device_type, flat
 from tests.multirank.support.training import sgd, wrap
 
 RANKS = (2,)
@@ -139,7 +139,7 @@ def check_an_infinity_in_a_sparse_gradient() -> None:
     """The step is skipped on all ranks, as for dense gradients."""
     model = Embedded()
     optimizer: Any = wrap(model, sgd(model), Dense())
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler = torch.amp.GradScaler(device_type(), init_scale=1024.0)
     for t in range(4):
         optimizer.zero_grad()
         scaler.scale(model(torch.tensor([1, 2])).square().sum()).backward()

@@ -50,7 +50,7 @@ def check_half_precision_payloads(compression: Any) -> None:
     optimizer = wrap(model, torch_sgd(model, nesterov()), compression)
     train(model, optimizer, STEPS, schedule_from_zero)
     same_everywhere(flat(model), "x")
-    wanted = torch.from_numpy(joined(run.x))
+    wanted = torch.from_numpy(joined(run.x)).to(flat(model).device)
     error = float((flat(model) - wanted).norm() / wanted.norm())
     assert error < 2e-3, (compression, error)
     expected = 2.0 if hvd.size() > 1 else 1.0

@@ -93,6 +93,9 @@ def check_an_evaluation_in_inference_mode_before_the_first_step(compression: Any
         with torch.inference_mode():
             optimizer.flush()
         train(model, optimizer, 2, harmonic_rate, first=4)
+        with torch.inference_mode():
+            optimizer.adopt_parameters()
+        train(model, optimizer, 2, harmonic_rate, first=6)
     assert torch.equal(*results), f"{compression}"
 
 
