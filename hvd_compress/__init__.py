@@ -14,7 +14,7 @@ from hvd_compress.compressors import (
     TopK,
     Warmup,
 )
-from hvd_compress.optimizer import DistributedOptimizer
+from hvd_compress.optimizer import DistributedOptimizer, merge_states
 from hvd_compress.telemetry import Stats
 
 __version__ = "0.1.0"
@@ -47,4 +47,5 @@ __all__ = [
     "TopK",
     "Warmup",
     "global_process_set",
+    "merge_states",
 ]

@@ -43,6 +43,8 @@ class SavedParameter(NamedTuple):
         shared: the shared model, or None if the parameters held it.
         local: this rank's own point, or None if the parameters held it.
         coefficient: where that point was: local = shared - coefficient * residual.
+        largest_lr: the largest learning rate so far (gradients).
+        known: digests of the points of all ranks, if it was merged of their states.
     """
 
     pending: Optional[Tensor] = None
@@ -50,6 +52,8 @@ class SavedParameter(NamedTuple):
     shared: Optional[Tensor] = None
     local: Optional[Tensor] = None
     coefficient: float = 0.0
+    largest_lr: float = 0.0
+    known: tuple[int, ...] = ()
 
 
 class BucketState(abc.ABC):
@@ -99,6 +103,14 @@ class BucketState(abc.ABC):
             for kind, views in saved.get("buffers", {}).items():
                 torch._foreach_copy_(self.buffers()[kind].views, views)
 
+    def load_common(self, saved: Mapping[str, Any]) -> None:
+        """Restore what is the same on every rank, but for the model, of any rank's ``state_dict()`` of this bucket."""
+        self.load_state_dict({k: v for k, v in saved.items() if k not in ("buffers", "begins", "known")})
+        common = {k: v for k, v in saved.get("buffers", {}).items() if k not in RESIDUAL_KINDS | {"shared", "local"}}
+        with torch.no_grad():
+            for kind, views in common.items():
+                torch._foreach_copy_(self.buffers()[kind].views, views)
+
     @abc.abstractmethod
     def restore(self, parts: Mapping[str, SavedParameter], own: bool) -> set[str]:
         """Take over what other states have saved of these parameters; nothing is pending yet.
@@ -134,6 +146,15 @@ class BucketState(abc.ABC):
     @abc.abstractmethod
     def reset_to(self, point: Tensor) -> None:
         """Make ``point`` (flat, the same on every rank) the shared model, with an empty residual."""
+
+    @abc.abstractmethod
+    def take_over(self, point: Optional[Tensor], pending: Optional[Tensor]) -> None:
+        """Go on from the state that other ranks have agreed on; nothing else is pending any more.
+
+        Args:
+            point: the shared model, flat; None: the parameters hold it.
+            pending: what this rank has not sent, flat, in the algorithm's own units.
+        """
 
     def next_round(self) -> None:  # noqa: B027
         """Continue an exchange of several rounds; called once all buckets have started."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 from typing import Any, Mapping, Optional, Sequence
 
+import torch
 from torch import Tensor
 
 from hvd_compress.algorithms.bucket_state import BucketState, Rate, SavedParameter, add_to_views
@@ -86,7 +87,8 @@ class GradientState(BucketState):
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         super().load_state_dict(saved)
-        self.residual_lr, self.largest_lr = saved["residual_lr"], saved["largest_lr"]
+        self.residual_lr = saved["residual_lr"]
+        self.largest_lr = saved.get("largest_lr", self.residual_lr or 0.0)  # older states of this format do not say
 
     def pending_buffer(self) -> Optional[FlatBuffer]:
         """Return the buffer that joins the next gradient, or None if this state has no residual."""
@@ -101,6 +103,7 @@ class GradientState(BucketState):
             return set()
         # The residual keeps the rate of the first parameter, so that a state of one rate is restored without rounding.
         self.residual_lr = next((part.lr for part in pending.values() if part.lr), self.residual_lr)
+        self.largest_lr = max([self.largest_lr, *(part.largest_lr for part in pending.values())])
         values = {}
         for name, part in pending.items():
             assert part.pending is not None
@@ -128,6 +131,16 @@ class GradientState(BucketState):
         self.clear_residual()
         for view, values in waiting:
             view.copy_(values)
+
+    def take_over(self, point: Optional[Tensor], pending: Optional[Tensor]) -> None:
+        self.discard_step()
+        self.clear_residual()
+        if point is not None:
+            with torch.no_grad():
+                self.bucket.write_params(point)
+        buffer = self.pending_buffer() if pending is not None else None
+        if buffer is not None and pending is not None:
+            buffer.flat.copy_(pending)
 
     def _views_of_inactive(self) -> list[Tensor]:
         """Return what is pending for parameters that rest."""

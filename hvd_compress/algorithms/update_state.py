@@ -15,6 +15,7 @@ from hvd_compress.algorithms.residual_update import Coefficient, detached_point
 from hvd_compress.bucket import Bucket, FlatBuffer
 from hvd_compress.comm.communicator import Communicator
 from hvd_compress.compressors.layout import pieces
+from hvd_compress.digest import digest
 from hvd_compress.exchange import Context, Exchange, ExchangeSchedule
 
 
@@ -163,6 +164,15 @@ class UpdateState(BucketState):
             x.copy_(value)
             z.copy_(value)
 
+    def take_over(self, point: Optional[Tensor], pending: Optional[Tensor]) -> None:
+        self.set_inactive(frozenset())
+        coefficient = self.points.coefficient
+        self.reset_to(self.points.shared.flat.clone() if point is None else point)
+        if pending is not None:
+            self.points.residual.flat.copy_(pending)
+            self.points.coefficient = coefficient
+            self.points.write_local_point()
+
     def residual_vector(self) -> Optional[Tensor]:
         server = self.exchange.server_error()
         return self.points.residual.flat if server is None else torch.cat((self.points.residual.flat, server.flat))
@@ -195,6 +205,7 @@ class UpdateState(BucketState):
             "local_coefficient": float(self.points.coefficient),
             "lr": self._lr,
             "has_unsent_local_steps": self.has_unsent_local_steps,
+            "dtype": str(self.bucket.dtype),
         }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
@@ -233,6 +244,7 @@ class UpdateState(BucketState):
     def restore(self, parts: Mapping[str, SavedParameter], own: bool) -> set[str]:
         self.set_inactive(frozenset())
         names, points = self.bucket.layout.names, self.points
+        points.coefficient = 0.0
         restored = all(name in parts and parts[name].shared is not None for name in names)
         if restored:
             found, model = points.local.flat.clone(), points.shared.flat.clone()
@@ -240,13 +252,19 @@ class UpdateState(BucketState):
             for name, x, z in zip(names, points.shared.views, saved_point.views):
                 x.copy_(cast(Tensor, parts[name].shared))
                 z.copy_(cast(Tensor, parts[name].local))
-            restored = points.is_at(found, saved_point.flat)
+            restored = points.is_at(found, saved_point.flat) or self._is_at_known(parts)
             if not restored:
                 points.shared.flat.copy_(model)
             points.write_local_point()
+        self.has_unsent_local_steps = False
         pending = {n: (p.pending, p.lr) for n, p in parts.items() if own and p.pending is not None and p.lr is not None}
         taken = add_to_views(points.residual, names, pending)
         if restored and len({parts[name].coefficient for name in names}) == 1:
             points.coefficient = parts[names[0]].coefficient
             points.write_local_point()
         return taken
+
+    def _is_at_known(self, parts: Mapping[str, SavedParameter]) -> bool:
+        """Return whether the parameters are at a point that one of the merged states was at."""
+        names, places = self.bucket.layout.names, pieces(self.points.local.flat, self.bucket.layout.numels)
+        return all(int(digest(z)) in parts[name].known for name, z in zip(names, places) if z.numel())

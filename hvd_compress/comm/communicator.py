@@ -6,7 +6,7 @@ import contextlib
 import os
 import pickle
 import time
-from collections import Counter
+import weakref
 from typing import Any, Callable, Iterator, NamedTuple, Optional
 
 import horovod.torch as hvd
@@ -26,7 +26,8 @@ RANKS_JOINED = (
     "use an algorithm whose payloads are summed, such as EF or DEF with RandomBlock"
 )
 
-_opened: Counter[int] = Counter()
+# By the object: Horovod gives the number of a process set that was removed to the next one, of other ranks.
+_opened: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
 
 def is_initialized() -> bool:
@@ -37,6 +38,27 @@ def is_initialized() -> bool:
 def is_elastic() -> bool:
     """Return True in a job started by elastic Horovod."""
     return os.environ.get("HOROVOD_ELASTIC") == "1"
+
+
+def on_elastic_commit(kind: type, commit: Callable[[Any], None]) -> None:
+    """Have ``commit(value)`` called, on all ranks, whenever an elastic state commits a value of type ``kind``.
+
+    Horovod's own state of optimizers is saved also if that raises, as the model's has been saved already.
+    """
+    from horovod.torch.elastic import state
+
+    class Handler(state.OptimizerStateHandler):  # type: ignore[misc]
+        def save(self) -> None:
+            try:
+                commit(self.value)
+            finally:
+                super().save()
+
+        def set_value(self, value: Any) -> None:
+            self.value = value
+            super().save()
+
+    state.set_handler_registry([(kind, Handler), *state.get_handler_registry()])
 
 
 def uses_mpi() -> bool:
@@ -116,10 +138,9 @@ class Communicator:
         self.bytes_sent = 0.0
         self.seconds_waited = 0.0
         # Every member builds its optimizers in the same order, so a count per process set names them alike.
-        key = process_set.process_set_id or 0
-        self.ordinal = _opened[key]
+        self.ordinal = _opened.get(process_set, 0)
         self._prefix = f"hvd_compress.{self.ordinal}"
-        _opened[key] += 1
+        _opened[process_set] = self.ordinal + 1
 
     @property
     def member(self) -> bool:

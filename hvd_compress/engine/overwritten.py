@@ -19,7 +19,7 @@ from torch import Tensor
 from hvd_compress.bucket import FlatBuffer
 from hvd_compress.comm.communicator import Communicator, Sum
 from hvd_compress.compressors.layout import pieces
-from hvd_compress.engine.digest import digest
+from hvd_compress.digest import digest
 from hvd_compress.engine.step_check import BITS, WORDS
 
 # What all ranks have written alike of a parameter: everything, the elements of a mask (flat), or nothing.

@@ -40,6 +40,8 @@ class Reducer(abc.ABC):
         trainer: tells other optimizers over the same parameters whether these hold points of this one.
         on_build: called with the states of new buckets.
         on_sync: called before a step is checked, to take over what a broadcast has left.
+        on_moved: called on every rank if one has another number than before, or has just come (elastic jobs), with this
+            rank's former number of ranks, or None (collective).
     """
 
     def __init__(
@@ -61,6 +63,8 @@ class Reducer(abc.ABC):
         self.trainer.register(self.tracker.tracked)
         self.on_build: Callable[[Sequence[State]], None] = lambda states: None
         self.on_sync: Callable[[], None] = lambda: None
+        self.on_moved: Callable[[Optional[int]], None] = lambda former: None
+        self._place: Optional[tuple[int, int]] = None  # rank and number of ranks at the last step
 
     @property
     def optimizer(self) -> Any:
@@ -149,8 +153,16 @@ class Reducer(abc.ABC):
             for state in self.states:
                 state.set_inactive(self.tracker.inactive(state.bucket.parameters))
             before = self.comm.bytes_sent
-            self._check.launch([digest], self.tracker.scaler is not None, written)
+            self._check.launch([digest], self.tracker.scaler is not None, self._has_moved(), written)
             self.recorder.exclude_bytes(before)
+
+    def _has_moved(self) -> bool:
+        """Return whether this rank has another number than at the last step, or takes over from others."""
+        return is_elastic() and (self.step > 0 if self._place is None else self._place != self._place_now)
+
+    @property
+    def _place_now(self) -> tuple[int, int]:
+        return self.comm.rank, self.comm.size
 
     def _require_no_other(self) -> None:
         """Raise ValueError, alike on every rank, if another optimizer has left points of its own in the parameters."""
@@ -181,7 +193,7 @@ class Reducer(abc.ABC):
         if self._check.arrived:
             self._verdict = self._check.finish()
             self._agreed = all(self._verdict.equal) and self._allows(self._verdict)
-        return self._agreed and not self._scaled
+        return self._agreed and not self._scaled and self._verdict is not None and not self._verdict.moved
 
     def _allows(self, verdict: Verdict) -> bool:
         return verdict.present == self.comm.size or self.algorithm.allreduce_only
@@ -242,5 +254,11 @@ class Reducer(abc.ABC):
     def sync_buckets(self) -> None:
         """Bring buckets up to date with parameters that were added, loaded or broadcast since the last step."""
         self.track()
-        self.agree_on_step()
+        verdict = self.agree_on_step()
         self.build()
+        if verdict.moved:
+            self._verdict = verdict._replace(moved=False)
+            before, former = self.comm.bytes_sent, self._place
+            self.on_moved(None if former is None else former[1])
+            self.recorder.exclude_bytes(before)
+        self._place = self._place_now

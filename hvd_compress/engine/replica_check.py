@@ -8,7 +8,7 @@ import torch
 
 from hvd_compress.algorithms.base import State
 from hvd_compress.comm.communicator import Communicator
-from hvd_compress.engine.digest import digest
+from hvd_compress.digest import digest
 
 
 def check_replicas(comm: Communicator, states: Sequence[State], step: int) -> None:

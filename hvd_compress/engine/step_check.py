@@ -29,12 +29,14 @@ class Verdict(NamedTuple):
         present: number of ranks that have not called ``hvd.join()``.
         equal: for each number whether it is the same on all of them.
         scaled: whether a rank's gradients come from a GradScaler.
+        moved: whether a rank has another number than before, or has just come (elastic jobs).
         written: whether a rank's script has written into its parameters, or a rank does not know.
     """
 
     present: int
     equal: tuple[bool, ...]
     scaled: bool
+    moved: bool
     written: bool
 
 
@@ -57,16 +59,19 @@ class StepCheck:
         """True if ``finish`` would not wait for another rank."""
         return self._handle is not None and self._handle.done()
 
-    def launch(self, numbers: Sequence[int], scaled: bool = False, written: Union[bool, Tensor] = False) -> None:
+    def launch(
+        self, numbers: Sequence[int], scaled: bool = False, moved: bool = False, written: Union[bool, Tensor] = False
+    ) -> None:
         """Start to compare ``numbers`` over ranks and to sum flags (collective).
 
         Args:
             scaled: whether this rank's gradients come from a GradScaler.
+            moved: whether this rank has another number than before, or has just come.
             written: whether a script has written into this rank's parameters, perhaps on a device.
         """
         squared = [part for number in numbers for word in _words(number) for part in (word, word * word)]
         # A rank that has joined takes part with zeros, which shows in the first number.
-        known = [1, *squared, int(scaled)]
+        known = [1, *squared, int(scaled), int(moved)]
         if isinstance(written, Tensor) and written.device.type != "cpu":
             row = torch.zeros(len(known) + 1, dtype=torch.float64, device=written.device)
             for place, value in zip(row, known):  # a copy of the host's numbers would make it wait
@@ -89,7 +94,7 @@ class StepCheck:
         # P numbers are equal if, and only if, the square of their sum is P times the sum of their squares.
         same = [int(total) ** 2 == round(present) * int(squares) for total, squares in words]
         equal = tuple(all(same[i : i + WORDS]) for i in range(0, len(same), WORDS))
-        return Verdict(round(present), equal, rest[-2] > 0, rest[-1] > 0)
+        return Verdict(round(present), equal, *(flag > 0 for flag in rest[-3:]))
 
     def forget(self, wait: bool) -> None:
         """Drop a check that has been launched; ``wait`` for it, as its name is needed again, unless a peer has died."""

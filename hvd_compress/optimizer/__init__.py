@@ -1,5 +1,6 @@
-"""The object that replaces Horovod's: DistributedOptimizer, its arguments, consensus points and checkpoints."""
+"""The user's object: Horovod's contract, arguments, consensus points, checkpoints."""
 
 from hvd_compress.optimizer.distributed_optimizer import DistributedOptimizer
+from hvd_compress.optimizer.merging import merge_states
 
-__all__ = ["DistributedOptimizer"]
+__all__ = ["DistributedOptimizer", "merge_states"]

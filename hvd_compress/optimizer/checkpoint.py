@@ -1,7 +1,7 @@
 """The optimizer's state in checkpoints: each rank saves its own residual, and never takes another rank's for its own.
 
 Two rules say what is restored. A state of the same algorithm, bucket, rank and number of ranks is restored to the bit.
-Of any other (another algorithm, buckets cut otherwise, another number of ranks) the pending update counts: what this
+Of any other (another algorithm, buckets cut otherwise, all ranks' states merged) the pending update counts: what this
 rank had not sent yet, parameter by parameter, joins its residual. Never saved: payloads, gradients, timings.
 """
 
@@ -12,17 +12,21 @@ import warnings
 from typing import Any, Mapping, Optional, Sequence
 
 import torch
-from torch import Tensor
 
 from hvd_compress.algorithms.base import State
 from hvd_compress.algorithms.bucket_state import RESIDUAL_KINDS, SavedParameter
 from hvd_compress.algorithms.gradient_state import GradientState
-from hvd_compress.algorithms.residual_update import detached_point
 from hvd_compress.engine.learning_rate import scale_free
 from hvd_compress.engine.reducer import Reducer
-
-KEY = "hvd_compress"
-FORMAT = 3
+from hvd_compress.optimizer.saved_state import (
+    FORMAT,
+    KEY,
+    find_bucket,
+    numbers_of,
+    parts_of,
+    require_same_shapes,
+    with_numbers,
+)
 
 
 class OptimizerCheckpoint:
@@ -51,11 +55,11 @@ class OptimizerCheckpoint:
         # A broadcast counts at once, although it is taken over only at the next step.
         if (brought := reducer.optimizer.param_groups[0].get(KEY)) is not None:
             ours.update(step=brought["step"], local_steps_done=brought["local_steps_done"])
-            ours["buckets"] = [_with_numbers(bucket, brought["buckets"]) for bucket in ours["buckets"]]
+            ours["buckets"] = [with_numbers(bucket, brought["buckets"]) for bucket in ours["buckets"]]
         shared = {
             "step": ours["step"],
             "local_steps_done": ours["local_steps_done"],
-            "buckets": [{**bucket, "state": _numbers(bucket["state"])} for bucket in ours["buckets"]],
+            "buckets": [{**bucket, "state": numbers_of(bucket["state"])} for bucket in ours["buckets"]],
         }
         groups = [dict(group) for group in state["param_groups"]]
         groups[0][KEY] = shared
@@ -120,7 +124,7 @@ class OptimizerCheckpoint:
             return
         self._pending_state = None
         if saved is not None:
-            _require_same_shapes(reducer.states, saved["buckets"])
+            require_same_shapes(reducer.states, saved["buckets"])
         reducer.reset_to_model()
         if saved is None:
             reducer.local_steps_done = 0
@@ -153,7 +157,7 @@ class OptimizerCheckpoint:
             return
         reducer.step, reducer.local_steps_done = shared["step"], shared["local_steps_done"]
         for state in reducer.states:
-            bucket = _find(self._identity(state), shared["buckets"])
+            bucket = find_bucket(self._identity(state), shared["buckets"])
             if bucket is not None:
                 state.load_state_dict(bucket["state"])
 
@@ -161,18 +165,20 @@ class OptimizerCheckpoint:
 
     def _restore(self, states: Sequence[State], saved: Mapping[str, Any]) -> None:
         comm = self._reducer.comm
-        _require_same_shapes(states, saved["buckets"])
+        require_same_shapes(states, saved["buckets"])
         own = self._is_own(saved)
         same_place = (saved["rank"], saved["size"]) == (comm.rank, comm.size)
         others, remaining = list(saved["buckets"]), []
         for state in states:
-            same = _find(self._identity(state), others) if own and same_place else None
-            if same is None:
-                remaining.append(state)
-            else:
+            same = find_bucket(self._identity(state), others)
+            if same is not None and own and same_place:
                 state.load_state_dict(same["state"])
                 others = [bucket for bucket in others if bucket is not same]
-        parts = {name: part for bucket in others for name, part in _parts(bucket, comm.size).items()}
+                continue
+            if same is not None:
+                state.load_common(same["state"])
+            remaining.append(state)
+        parts = {name: part for bucket in others for name, part in parts_of(bucket, comm.size).items()}
         taken: set[str] = set()
         for state in remaining:
             taken |= state.restore(self._usable_by(state, parts), own)
@@ -188,6 +194,8 @@ class OptimizerCheckpoint:
     def _is_own(self, saved: Mapping[str, Any]) -> bool:
         """Return whether the saved residual is this rank's own; warn with the remedy if not, and there is one."""
         comm = self._reducer.comm
+        if saved["rank"] is None:  # all ranks' states, merged
+            return True
         if saved["owner"] == self._owner or (saved["rank"], saved["size"]) == (comm.rank, comm.size):
             return True
         kinds = [bucket["state"]["buffers"].get(kind, ()) for bucket in saved["buckets"] for kind in RESIDUAL_KINDS]
@@ -195,7 +203,8 @@ class OptimizerCheckpoint:
             warnings.warn(
                 f"hvd_compress: the optimizer state holds the residual of rank {saved['rank']} of {saved['size']}, and "
                 f"this is rank {comm.rank} of {comm.size}; it is not loaded, and what that rank has not sent is lost. "
-                "Save each rank's own state_dict(), or call optimizer.flush() on all ranks before saving",
+                "Save each rank's own state_dict() and merge them (hvd_compress.merge_states), or call "
+                "optimizer.flush() on all ranks before saving",
                 stacklevel=5,
             )
         return False
@@ -211,68 +220,3 @@ class OptimizerCheckpoint:
                 "saving a state that is to be loaded so",
                 stacklevel=5,
             )
-
-
-def _find(identity: Mapping[str, Any], buckets: Sequence[Mapping[str, Any]]) -> Optional[Mapping[str, Any]]:
-    """Return the saved bucket of this algorithm and these parameters, or None."""
-    return next((bucket for bucket in buckets if all(bucket[k] == v for k, v in identity.items())), None)
-
-
-def _require_same_shapes(states: Sequence[State], buckets: Sequence[Mapping[str, Any]]) -> None:
-    """Raise ValueError, before anything changes, if a parameter has another shape in the saved state."""
-    shapes = {n: p.shape for state in states for n, p in zip(state.bucket.layout.names, state.bucket.parameters)}
-    for bucket in buckets:
-        for kind in {"shared", "local", "residual", "carried"} & set(bucket["state"]["buffers"]):
-            for name, view in zip(bucket["names"], bucket["state"]["buffers"][kind]):
-                if view.shape != shapes.get(name, view.shape):
-                    raise ValueError(
-                        f"load_state_dict: {kind} of parameter {name!r} has shape {tuple(view.shape)} in the saved "
-                        f"state and {tuple(shapes[name])} here; load a state of the same model"
-                    )
-
-
-def _with_numbers(bucket: Mapping[str, Any], brought: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return a bucket with the numbers that a broadcast has brought for it."""
-    found = _find({"algorithm": bucket["algorithm"], "names": bucket["names"]}, brought)
-    return dict(bucket) if found is None else {**bucket, "state": {**bucket["state"], **found["state"]}}
-
-
-def _numbers(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a bucket's numbers, which are the same on every rank, without its buffers."""
-    return {k: v for k, v in state.items() if k not in ("buffers", "begins")}
-
-
-def _parts(bucket: Mapping[str, Any], ranks: int) -> dict[str, SavedParameter]:
-    """Return what a saved bucket says of each of its parameters, whatever algorithm it was saved from.
-
-    Args:
-        ranks: number of ranks now; a server's error, of which there was one, joins one of so many residuals.
-    """
-    state = bucket["state"]
-    buffers: Mapping[str, Sequence[Tensor]] = state["buffers"]
-    of_updates = "shared" in buffers
-    found = {}
-    for index, name in enumerate(bucket["names"]):
-        views = {kind: buffer[index] for kind, buffer in buffers.items()}
-        pending: Optional[Tensor] = None
-        for kind in ("residual", "carried"):
-            if kind in views:
-                pending = views[kind].clone() if pending is None else pending.add_(views[kind])
-        if "server" in views:
-            if pending is None:
-                pending = torch.zeros_like(views["local"], dtype=views["server"].dtype)
-            begin, error = state["begins"][index], views["server"]
-            # Shards are cut along the order of memory.
-            in_memory = pending.as_strided((pending.numel(),), (1,))
-            in_memory[begin : begin + error.numel()].add_(error, alpha=ranks)
-        shared, local = views.get("shared"), views.get("local")
-        if of_updates and shared is not None and pending is not None:
-            placed = torch.empty_like(shared, dtype=shared.dtype if local is None else local.dtype)
-            detached_point(shared, views["residual"], state["local_coefficient"], placed)
-            if local is not None:
-                pending.add_(placed.to(pending.dtype).sub_(local))
-            else:
-                local = placed
-        lr = 1.0 if of_updates else state.get("residual_lr")
-        found[name] = SavedParameter(pending, lr, shared, local, state.get("local_coefficient", 0.0))
-    return found

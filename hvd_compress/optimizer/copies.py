@@ -6,7 +6,7 @@ from typing import Any, Callable, Mapping, Optional
 
 import torch
 
-from hvd_compress.optimizer.checkpoint import KEY
+from hvd_compress.optimizer.saved_state import KEY
 
 
 class CopiedOptimizer(torch.optim.Optimizer):

@@ -30,9 +30,10 @@ from hvd_compress.engine.gradient_reducer import GradientReducer
 from hvd_compress.engine.reducer import Reducer
 from hvd_compress.engine.replica_check import check_replicas
 from hvd_compress.engine.update_reducer import UpdateReducer
-from hvd_compress.optimizer import arguments, checkpoint
+from hvd_compress.optimizer import arguments, checkpoint, elastic
 from hvd_compress.optimizer.consensus import Consensus
 from hvd_compress.optimizer.copies import copied, ours_of
+from hvd_compress.optimizer.saved_state import KEY
 from hvd_compress.optimizer.scaled_step import ScaledStep
 from hvd_compress.optimizer.state_init import with_stateless_step
 from hvd_compress.telemetry import Stats
@@ -115,6 +116,7 @@ def DistributedOptimizer(
     # the step() of the class that this one derives from, without communication.
     namespace.update(_hvd_base=base, __module__=horovod_optimizer.__module__)
     cls: Any = type(base.__name__, (with_stateless_step(base),), namespace)
+    elastic.Wrapped.register(cls)
     wrapped = cls.__new__(cls)
     wrapped.__dict__.update({k: v for k, v in vars(optimizer).items() if k != "step"})
     wrapped._original = optimizer
@@ -149,6 +151,8 @@ class _DistributedOptimizer(torch.optim.Optimizer):
         self._scaled_step = ScaledStep(self._reducer, fused)
         self._consensus = Consensus(self._reducer)
         self._checkpoint = checkpoint.OptimizerCheckpoint(self._reducer)
+        self._elastic = elastic.ElasticResiduals(self._reducer)
+        elastic.watch_commits()
         base_step = self._hvd_base.step
         # torch wraps step() to run step hooks; ours must see the exchanged gradients and the final
         # parameters, so it goes around the exchange, once, and the base's own wrapper is taken off.
@@ -312,4 +316,4 @@ class _DistributedOptimizer(torch.optim.Optimizer):
         self._synchronized, self._should_synchronize, self._scaled_step.overflowed = False, True, False
         self._reducer.set_passes(self._reducer.tracker.passes)
         self._hvd_base.load_state_dict(self, self._checkpoint.to_torch_state(state_dict))
-        self._checkpoint.load(state_dict.get(checkpoint.KEY))
+        self._checkpoint.load(state_dict.get(KEY))

@@ -13,13 +13,16 @@ CASES = [
     ("def", "momentum", 1, 2),
     ("ef", "momentum", 1, 2),
     ("dist-ef", "momentum", 2, 1),
+    ("liec", "momentum", 3, 2),
     *(
         pytest.param(*case, marks=pytest.mark.full)
         for case in (
             ("def", "none", 1, 2),
             ("dist-ef", "none", 1, 2),
             ("liec", "none", 1, 2),
-            ("def", "momentum", 2, 1),
+            ("def", "momentum", 4, 2),
+            ("ef", "momentum", 2, 4),
+            ("dist-ef", "momentum", 3, 4),
             ("ef", "none", 2, 1),
             ("liec", "none", 2, 1),
         )
@@ -45,7 +48,7 @@ def test_the_number_of_ranks_changes(name: str, momentum: str, before: int, afte
         "--min-np",
         "1",
         "--max-np",
-        "2",
+        "4",
         "--network-interfaces",
         "lo",
         "--host-discovery-script",
@@ -60,4 +63,4 @@ def test_the_number_of_ranks_changes(name: str, momentum: str, before: int, afte
     returncode, output = supervise(command, environment(), timeout=300)
     assert returncode == 0, output
     assert output.count(f"finished on {after} ranks") == after, output
-    assert "residual kept" in output, output
+    assert "pending updates kept" in output, output

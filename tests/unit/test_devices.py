@@ -18,8 +18,8 @@ from hvd_compress.algorithms.update_state import UpdateState
 from hvd_compress.bucket import Bucket, ParamEntry
 from hvd_compress.comm.communicator import Handle, Reduction
 from hvd_compress.compressors import Layout, SummableCodec
+from hvd_compress.digest import digest
 from hvd_compress.engine.agreement import Options
-from hvd_compress.engine.digest import digest
 from hvd_compress.engine.gradient_reducer import GradientReducer
 from hvd_compress.engine.overwritten import Overwritten, Written
 from hvd_compress.engine.reducer import Reducer

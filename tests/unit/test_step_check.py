@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hvd_compress.engine.digest import digest
+from hvd_compress.digest import digest
 from hvd_compress.engine.step_check import StepCheck, Verdict
 from tests.unit.test_devices import StubCommunicator
 

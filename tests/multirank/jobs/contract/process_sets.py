@@ -7,7 +7,8 @@ from typing import Any
 import horovod.torch as hvd
 import torch
 
-from tests.multirank.support.algorithm_cases import EXACT, LOSSY
+from hvd_compress import EF
+from tests.multirank.support.algorithm_cases import BLOCK, EXACT, LOSSY
 from tests.multirank.support.assertions import close, same_everywhere
 from tests.multirank.support.cases import cases, only
 from tests.multirank.support.networks import flat, loss_of, network
@@ -87,3 +88,16 @@ def check_virtual_iterate_moves_by_the_members_mean_gradient(compression: Any) -
             assert torch.equal(every[0], every[1]), f"members agree, {compression}"
         optimizer.flush()
         same_everywhere(torch.zeros(1), "still together")
+
+
+@only(lambda job: job.ranks > 2)
+def check_a_set_of_other_ranks_with_the_number_of_a_removed_one() -> None:
+    """Horovod gives numbers again; who was a member of the former set calls its collectives as newcomers do."""
+    for members in ([0, 1], [1, 2], [0, 2]):
+        with process_set(members) as some:
+            if some.included():
+                model = network()
+                optimizer = wrap(model, sgd(model), EF(BLOCK), process_set=some)
+                train(model, optimizer, 2, lambda t: 0.05)
+                every = hvd.allgather(flat(model).reshape(1, -1), name="test.again", process_set=some)
+                assert torch.equal(every[0], every[1])

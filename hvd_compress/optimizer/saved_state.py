@@ -1,0 +1,87 @@
+"""The layout of what an optimizer saves under "hvd_compress", and what it says of each parameter."""
+
+from __future__ import annotations
+
+from typing import Any, Mapping, Optional, Sequence
+
+import torch
+from torch import Tensor
+
+from hvd_compress.algorithms.base import State
+from hvd_compress.algorithms.bucket_state import SavedParameter
+from hvd_compress.algorithms.residual_update import detached_point
+
+KEY = "hvd_compress"
+FORMAT = 3
+
+
+def find_bucket(identity: Mapping[str, Any], buckets: Sequence[Mapping[str, Any]]) -> Optional[Mapping[str, Any]]:
+    """Return the saved bucket of this algorithm and these parameters, or None."""
+    return next((bucket for bucket in buckets if all(bucket[k] == v for k, v in identity.items())), None)
+
+
+def require_same_shapes(states: Sequence[State], buckets: Sequence[Mapping[str, Any]]) -> None:
+    """Raise ValueError, before anything changes, if a parameter has another shape in the saved state."""
+    shapes = {n: p.shape for state in states for n, p in zip(state.bucket.layout.names, state.bucket.parameters)}
+    for bucket in buckets:
+        for kind in {"shared", "local", "residual", "carried"} & set(bucket["state"]["buffers"]):
+            for name, view in zip(bucket["names"], bucket["state"]["buffers"][kind]):
+                if view.shape != shapes.get(name, view.shape):
+                    raise ValueError(
+                        f"load_state_dict: {kind} of parameter {name!r} has shape {tuple(view.shape)} in the saved "
+                        f"state and {tuple(shapes[name])} here; load a state of the same model"
+                    )
+
+
+def with_numbers(bucket: Mapping[str, Any], brought: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return a bucket with the numbers that a broadcast has brought for it."""
+    found = find_bucket({"algorithm": bucket["algorithm"], "names": bucket["names"]}, brought)
+    return dict(bucket) if found is None else {**bucket, "state": {**bucket["state"], **found["state"]}}
+
+
+def numbers_of(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a bucket's numbers, which are the same on every rank, without its buffers."""
+    return {k: v for k, v in state.items() if k not in ("buffers", "begins")}
+
+
+def parts_of(bucket: Mapping[str, Any], ranks: int) -> dict[str, SavedParameter]:
+    """Return what a saved bucket says of each of its parameters, whatever algorithm it was saved from.
+
+    Args:
+        ranks: number of ranks now; a server's error, of which there was one, joins one of so many residuals.
+    """
+    state = bucket["state"]
+    buffers: Mapping[str, Sequence[Tensor]] = state["buffers"]
+    of_updates = "shared" in buffers
+    found = {}
+    for index, name in enumerate(bucket["names"]):
+        views = {kind: buffer[index] for kind, buffer in buffers.items()}
+        pending: Optional[Tensor] = None
+        for kind in ("residual", "carried"):
+            if kind in views:
+                pending = views[kind].clone() if pending is None else pending.add_(views[kind])
+        if "server" in views:
+            if pending is None:
+                pending = torch.zeros_like(views["local"], dtype=views["server"].dtype)
+            begin, error = state["begins"][index], views["server"]
+            # Shards are cut along the order of memory.
+            in_memory = pending.as_strided((pending.numel(),), (1,))
+            in_memory[begin : begin + error.numel()].add_(error, alpha=ranks)
+        shared, local = views.get("shared"), views.get("local")
+        if of_updates and shared is not None and pending is not None:
+            placed = torch.empty_like(shared, dtype=shared.dtype if local is None else local.dtype)
+            detached_point(shared, views["residual"], state["local_coefficient"], placed)
+            if local is not None:
+                pending.add_(placed.to(pending.dtype).sub_(local))
+            else:
+                local = placed
+        found[name] = SavedParameter(
+            pending,
+            1.0 if of_updates else state.get("residual_lr"),
+            shared,
+            local,
+            state.get("local_coefficient", 0.0),
+            state.get("largest_lr", 0.0),
+            tuple(state["known"][index]) if "known" in state else (),
+        )
+    return found
