@@ -26,6 +26,7 @@ class Stats:
         decode_seconds: time of the last step spent decoding and placing.
         wait_seconds: time of the last step spent waiting for collectives.
         total_encode_seconds, total_decode_seconds, total_wait_seconds: the same since the beginning.
+        skipped_steps: steps left out on all ranks for an infinity or nan in a gradient (``nonfinite="skip"``).
         coefficient: DEF's detachment coefficient in force (measured if "auto"; 0.0 with ``GlobalSketch``, whose
             vectors are exchanged by DEF undetached), else nan.
     """
@@ -43,6 +44,7 @@ class Stats:
     total_decode_seconds: float
     total_wait_seconds: float
     coefficient: float
+    skipped_steps: int = 0
 
 
 @dataclass
@@ -69,10 +71,12 @@ class Recorder:
     Attributes:
         meter: the communicator, which counts bytes and waiting.
         steps: exchanges done so far.
+        skipped: steps left out on all ranks.
     """
 
     meter: Meter
     steps: int = 0
+    skipped: int = 0
     _counted: float = 0.0
     _current: Figures = field(default_factory=Figures)
     last: Figures = field(default_factory=Figures)
@@ -123,4 +127,5 @@ class Recorder:
             total_decode_seconds=total.decode_seconds,
             total_wait_seconds=total.wait_seconds,
             coefficient=coefficient,
+            skipped_steps=self.skipped,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, Sequence
 
 
 def in_range(owner: str, argument: str, value: Any, low: float, high: float, *, low_open: bool = False) -> None:
@@ -49,3 +49,10 @@ def positive(owner: str, argument: str, value: Any) -> None:
 
 def _positive(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) < math.inf
+
+
+def one_of(owner: str, argument: str, value: Any, allowed: Sequence[str]) -> None:
+    """Raise ValueError unless ``value`` is one of the strings ``allowed``."""
+    if not isinstance(value, str) or value not in allowed:
+        choices = ", ".join(map(repr, allowed))
+        raise ValueError(f"{owner}: {argument}={value!r} is not allowed; it must be one of {choices}")

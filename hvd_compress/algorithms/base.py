@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import abc
 import math
-from typing import Optional, Sequence, Union
+from dataclasses import field
+from typing import Any, Optional, Sequence, Union
 
 from hvd_compress.algorithms.gradient_state import GradientState
 from hvd_compress.algorithms.update_state import UpdateState
@@ -30,8 +31,20 @@ PAYLOAD_BYTES = 2**20
 BUCKET_LIMIT, PAYLOAD_LIMIT = 2.0**31, 2.0**29
 
 
+def nonfinite_policy() -> Any:
+    """Return the last field of an algorithm; not in its repr, so that checkpoints do not depend on it."""
+    return field(default="propagate", repr=False)
+
+
 class Algorithm(abc.ABC):
-    """Base of all algorithms: frozen dataclasses, validated when built."""
+    """Base of all algorithms: frozen dataclasses, validated when built.
+
+    Attributes:
+        nonfinite: what an infinity or nan in a gradient leads to on every rank: "propagate", it is seen in ``p.grad``
+            or in the model, as with Horovod; "raise", FloatingPointError; "skip", the step is left out.
+    """
+
+    nonfinite: str = "propagate"
 
     @property
     @abc.abstractmethod

@@ -62,11 +62,14 @@ class BucketState(abc.ABC):
     Attributes:
         training_parameters: this rank's own parameters while ``consensus()`` has another point in their place.
         inactive: indices of the parameters that rest.
+        nonfinite: for each parameter 1.0 if an infinity or nan was taken out of what this rank exchanges at this step,
+            else 0.0 (on the bucket's device); None if that is not looked at.
     """
 
     bucket: Bucket
     training_parameters: Optional[list[Tensor]] = None
     inactive: frozenset[int] = frozenset()
+    nonfinite: Optional[Tensor] = None
 
     def set_inactive(self, inactive: frozenset[int]) -> None:
         """Let the parameters with these indices rest: they are frozen, or have been taken out of the optimizer.

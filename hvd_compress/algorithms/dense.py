@@ -9,12 +9,13 @@ from typing import Mapping, Optional, Sequence
 import torch
 from torch import Tensor
 
-from hvd_compress.algorithms.base import GradientAlgorithm
+from hvd_compress.algorithms.base import GradientAlgorithm, nonfinite_policy
 from hvd_compress.algorithms.bucket_state import Rate, SavedParameter
 from hvd_compress.algorithms.gradient_state import GradientState
 from hvd_compress.bucket import Bucket, FlatBuffer
 from hvd_compress.compressors import Cast, Compressor, Identity
 from hvd_compress.exchange import Context, FlatAllreduce
+from hvd_compress.finite import require_policy
 
 
 @dataclass(frozen=True, init=False)
@@ -25,18 +26,22 @@ class Dense(GradientAlgorithm):
         compressor: ``Identity()``, or ``Cast(torch.float16)`` for what Horovod calls ``Compression.fp16``. No residual
             keeps what the cast loses, so a value beyond its range becomes an infinity that can be seen.
         wire: deprecated name of ``compressor``.
+        nonfinite: "propagate", "raise" or "skip": see ``Algorithm``.
 
     Raises:
-        ValueError: if ``compressor`` is another compressor: what it does not send would be lost.
+        ValueError: if ``compressor`` is another compressor: what it does not send would be lost; if ``nonfinite`` has
+            another value.
     """
 
     compressor: Compressor = Identity()  # noqa: RUF009 - frozen
+    nonfinite: str = nonfinite_policy()
 
     def __init__(
         self,
         compressor: Compressor = Identity(),  # noqa: B008 - frozen
         *,
         wire: Optional[Compressor] = None,
+        nonfinite: str = "propagate",
     ) -> None:
         if wire is not None:
             warnings.warn("Dense(wire=...) is now Dense(compressor=...)", DeprecationWarning, stacklevel=2)
@@ -46,7 +51,9 @@ class Dense(GradientAlgorithm):
                 f"Dense: compressor={compressor!r} is not allowed; it must be Identity() or Cast(...). "
                 "Lossy compressors need error feedback: use EF(...) or DEF(...)"
             )
+        require_policy("Dense", nonfinite)
         object.__setattr__(self, "compressor", compressor)
+        object.__setattr__(self, "nonfinite", nonfinite)
 
     @property
     def wire(self) -> Compressor:

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from hvd_compress import validation
-from hvd_compress.algorithms.base import UpdateAlgorithm, payload_limit, require_combining
+from hvd_compress.algorithms.base import UpdateAlgorithm, nonfinite_policy, payload_limit, require_combining
 from hvd_compress.algorithms.model_points import ModelPoints
 from hvd_compress.algorithms.residual_update import Coefficient, ResidualUpdate, detached_point
 from hvd_compress.algorithms.update_state import UpdateState
 from hvd_compress.bucket import Bucket
 from hvd_compress.compressors import Combine, Compressor, Identity, Warmup
 from hvd_compress.exchange import AllreduceExchange, Context, Exchange, ExchangeSchedule, FlatAllreduce
+from hvd_compress.finite import require_policy
 
 # "auto" starts from the paper's default and averages its measurements over about ten exchanges.
 FIRST_COEFFICIENT = 0.3
@@ -47,6 +48,7 @@ class DEF(UpdateAlgorithm):
             before it becomes momentum, as Deep Gradient Compression does; None: do not.
         rescale_residual: True keeps the residual in update units; False lets a change of learning rate
             change it in proportion.
+        nonfinite: "propagate", "raise" or "skip": see ``Algorithm``.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -58,6 +60,7 @@ class DEF(UpdateAlgorithm):
     rescale_residual: bool = True
     masking: bool = False
     clip_norm: Optional[float] = None
+    nonfinite: str = nonfinite_policy()
 
     def __post_init__(self) -> None:
         require_combining("DEF", "compressor", self.compressor, (Combine.SUM, Combine.GATHER, Combine.JOINT))
@@ -83,6 +86,7 @@ class DEF(UpdateAlgorithm):
                 "every coordinate; use one that selects coordinates, such as TopK or RandomBlock"
             )
         validation.positive_or_none("DEF", "clip_norm", self.clip_norm)
+        require_policy("DEF", self.nonfinite)
 
     @property
     def allreduce_only(self) -> bool:
@@ -126,6 +130,7 @@ class _DEFState(UpdateState):
         self.set_step(step)
         if (sent := self._sent_coordinates(self.exchange)) is None:
             self.points.accumulate_update(self.next_coefficient, self.rescale_for_lr(lr))
+            self.take_out_nonfinite()
             self.exchange.encode(self.points.residual.flat)
             self._launch()
             return
@@ -136,6 +141,7 @@ class _DEFState(UpdateState):
         sent.update(self.next_coefficient, factor)
         self._launch()
         self.points.accumulate_update(self.next_coefficient, factor)
+        self.take_out_nonfinite()
 
     def _launch(self) -> None:
         self.exchange.launch()
@@ -184,6 +190,7 @@ class _SentCoordinates:
         for whole, part in zip(self._whole, (self._x, self._e, self._z)):
             self.exchange.codec.encode(whole, part)
         self._update.apply(self._points.coefficient, coefficient, factor)
+        torch.nan_to_num_(self._e, 0.0, 0.0, 0.0)
         self.exchange.payload.copy_(self._e)
 
     def apply_aggregate(self) -> None:

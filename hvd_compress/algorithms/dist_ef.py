@@ -6,10 +6,17 @@ from dataclasses import dataclass, field
 from typing import Optional
 
 from hvd_compress import validation
-from hvd_compress.algorithms.base import UpdateAlgorithm, payload_limit, require_combining, require_constant
+from hvd_compress.algorithms.base import (
+    UpdateAlgorithm,
+    nonfinite_policy,
+    payload_limit,
+    require_combining,
+    require_constant,
+)
 from hvd_compress.bucket import Bucket
 from hvd_compress.compressors import BlockSign, Combine, Compressor
 from hvd_compress.exchange import Context, Exchange, ShardedServerExchange
+from hvd_compress.finite import require_policy
 
 
 @dataclass(frozen=True)
@@ -32,6 +39,7 @@ class DistEF(UpdateAlgorithm):
         server_compressor: what the servers of shards send back; None: the same.
         rescale_residual: False lets a change of learning rate change both errors in proportion, which is the
             paper without its factor.
+        nonfinite: "propagate", "raise" or "skip": see ``Algorithm``.
 
     Raises:
         ValueError: if an argument is not allowed.
@@ -40,6 +48,7 @@ class DistEF(UpdateAlgorithm):
     compressor: Compressor = field(default_factory=BlockSign)
     server_compressor: Optional[Compressor] = None
     rescale_residual: bool = True
+    nonfinite: str = nonfinite_policy()
 
     def __post_init__(self) -> None:
         allowed = (Combine.SUM, Combine.GATHER)
@@ -47,6 +56,7 @@ class DistEF(UpdateAlgorithm):
             if (value := getattr(self, argument)) is not None or argument == "compressor":
                 require_constant("DistEF", argument, require_combining("DistEF", argument, value, allowed))
         validation.boolean("DistEF", "rescale_residual", self.rescale_residual)
+        require_policy("DistEF", self.nonfinite)
 
     @property
     def allreduce_only(self) -> bool:

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from hvd_compress import validation
-from hvd_compress.algorithms.base import GradientAlgorithm, require_combining
+from hvd_compress.algorithms.base import GradientAlgorithm, nonfinite_policy, require_combining
 from hvd_compress.algorithms.bucket_state import Rate
 from hvd_compress.algorithms.gradient_state import GradientState
 from hvd_compress.bucket import Bucket, FlatBuffer
 from hvd_compress.compressors import Combine, Compressor, Identity
 from hvd_compress.exchange import Context, ExchangeSchedule
+from hvd_compress.finite import require_policy, take_out
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class EF(GradientAlgorithm):
         compressor: what is sent; any but a sketch. Summed payloads travel by one allreduce per bucket,
             top-k and signs by one allgather, low-rank factors by two allreduces.
         rescale_residual: False leaves the ratio out.
+        nonfinite: "propagate", "raise" or "skip": see ``Algorithm``.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -41,10 +43,12 @@ class EF(GradientAlgorithm):
 
     compressor: Compressor
     rescale_residual: bool = True
+    nonfinite: str = nonfinite_policy()
 
     def __post_init__(self) -> None:
         require_combining("EF", "compressor", self.compressor, (Combine.SUM, Combine.GATHER, Combine.JOINT))
         validation.boolean("EF", "rescale_residual", self.rescale_residual)
+        require_policy("EF", self.nonfinite)
 
     def attach(self, bucket: Bucket, context: Context) -> GradientState:
         return _EFState(self, bucket, context)
@@ -98,6 +102,8 @@ class _EFState(GradientState):
         ratio = self._begin_step(rate)
         self._compensate([i for i, target in enumerate(self._targets) if target is None], gradients, ratio)
         self._targets = list(gradients)
+        if self.has_residual:
+            self.nonfinite = take_out(self._compensated.flat, self._compensated.views)
         self._exchange = self._schedule.at(step)
         self._exchange.set_step(step)
         self._exchange.encode(self._compensated.flat)

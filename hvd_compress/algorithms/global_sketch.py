@@ -6,13 +6,14 @@ from dataclasses import dataclass, field
 from typing import Optional
 
 from hvd_compress import validation
-from hvd_compress.algorithms.base import BucketAlgorithm, UpdateAlgorithm, payload_limit
+from hvd_compress.algorithms.base import BucketAlgorithm, UpdateAlgorithm, nonfinite_policy, payload_limit
 from hvd_compress.algorithms.detached_ef import dense_on_updates
 from hvd_compress.bucket import Bucket, ParamEntry
 from hvd_compress.comm import mpi_tree
 from hvd_compress.comm.communicator import Communicator
 from hvd_compress.compressors import CountSketch
 from hvd_compress.exchange import Context, Exchange, SketchExchange
+from hvd_compress.finite import require_policy
 
 EXCHANGES = ("allreduce", "tree", "allgather")
 
@@ -44,6 +45,7 @@ class GlobalSketch(UpdateAlgorithm):
             before it becomes momentum; None: do not.
         dense_vectors: parameters of one dimension (biases, norms) are averaged uncompressed, as is usual.
         rescale_residual: False lets a change of learning rate change v_k in proportion.
+        nonfinite: "propagate", "raise" or "skip": see ``Algorithm``.
 
     Raises:
         ValueError: if an argument is out of range, or (at construction of the optimizer) if "tree" is asked
@@ -58,6 +60,7 @@ class GlobalSketch(UpdateAlgorithm):
     clip_norm: Optional[float] = None
     dense_vectors: bool = True
     rescale_residual: bool = True
+    nonfinite: str = nonfinite_policy()
 
     def __post_init__(self) -> None:
         if not isinstance(self.sketch, CountSketch):
@@ -74,6 +77,7 @@ class GlobalSketch(UpdateAlgorithm):
         validation.boolean("GlobalSketch", "dense_vectors", self.dense_vectors)
         validation.positive_or_none("GlobalSketch", "clip_norm", self.clip_norm)
         validation.boolean("GlobalSketch", "rescale_residual", self.rescale_residual)
+        require_policy("GlobalSketch", self.nonfinite)
 
     def choose(self, entry: ParamEntry) -> BucketAlgorithm:
         if self.dense_vectors and entry.parameter.dim() <= 1:

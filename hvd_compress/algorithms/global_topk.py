@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hvd_compress import validation
-from hvd_compress.algorithms.base import UpdateAlgorithm
+from hvd_compress.algorithms.base import UpdateAlgorithm, nonfinite_policy
 from hvd_compress.bucket import Bucket
 from hvd_compress.comm import mpi_tree
 from hvd_compress.comm.communicator import Communicator
 from hvd_compress.compressors import TopK
 from hvd_compress.exchange import Context, Exchange, TopKTreeExchange
+from hvd_compress.finite import require_policy
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class GlobalTopK(UpdateAlgorithm):
     Args:
         density: k over the number of elements of a bucket, 0 < density <= 1.
         rescale_residual: False lets a change of learning rate change e_k in proportion.
+        nonfinite: "propagate", "raise" or "skip": see ``Algorithm``.
 
     Raises:
         ValueError: if an argument is out of range, or (at construction of the optimizer) if the job does not
@@ -36,11 +38,13 @@ class GlobalTopK(UpdateAlgorithm):
 
     density: float = 1 / 1000
     rescale_residual: bool = True
+    nonfinite: str = nonfinite_policy()
 
     def __post_init__(self) -> None:
         validation.density("GlobalTopK", self.density)
         object.__setattr__(self, "density", float(self.density))  # one repr: ranks compare it
         validation.boolean("GlobalTopK", "rescale_residual", self.rescale_residual)
+        require_policy("GlobalTopK", self.nonfinite)
 
     @property
     def allreduce_only(self) -> bool:

@@ -9,13 +9,20 @@ import torch
 from torch import Tensor
 
 from hvd_compress import validation
-from hvd_compress.algorithms.base import GradientAlgorithm, payload_limit, require_combining, require_constant
+from hvd_compress.algorithms.base import (
+    GradientAlgorithm,
+    nonfinite_policy,
+    payload_limit,
+    require_combining,
+    require_constant,
+)
 from hvd_compress.algorithms.bucket_state import Rate, SavedParameter
 from hvd_compress.algorithms.gradient_state import GradientState
 from hvd_compress.bucket import Bucket, FlatBuffer
 from hvd_compress.comm.communicator import Communicator
 from hvd_compress.compressors import BlockSign, Combine, Compressor, Identity
 from hvd_compress.exchange import Context, FlatAllreduce, ShardedServerExchange, require_countable
+from hvd_compress.finite import require_policy, take_out
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,7 @@ class LIEC(GradientAlgorithm):
         averaging_period: steps from one averaging to the next (the authors' T0: 32 or 100).
         rescale_residual: True keeps s in update units when the learning rate changes; False is the
             authors' variant.
+        nonfinite: "propagate", "raise" or "skip": see ``Algorithm``.
 
     Raises:
         ValueError: if an argument is not allowed.
@@ -46,12 +54,14 @@ class LIEC(GradientAlgorithm):
     compressor: Compressor = field(default_factory=BlockSign)
     averaging_period: int = 32
     rescale_residual: bool = True
+    nonfinite: str = nonfinite_policy()
 
     def __post_init__(self) -> None:
         allowed = (Combine.SUM, Combine.GATHER)
         require_constant("LIEC", "compressor", require_combining("LIEC", "compressor", self.compressor, allowed))
         validation.integer("LIEC", "averaging_period", self.averaging_period, 1)
         validation.boolean("LIEC", "rescale_residual", self.rescale_residual)
+        require_policy("LIEC", self.nonfinite)
 
     @property
     def local_models(self) -> bool:
@@ -101,6 +111,7 @@ class _LIECState(GradientState):
             g.mul_(1.0 / rate.loss_scale)
         if self._carried is not None:
             g.add_(self._carried.flat, alpha=factor)
+        self.nonfinite = take_out(g, self._direction.views)
         self._averaging = (step + 1) % self._config.averaging_period == 0
         if self._averaging:
             self._launch_averaging(factor)

@@ -7,11 +7,12 @@ from fnmatch import fnmatchcase
 from typing import Any, Mapping, Optional, Sequence, Union, cast
 
 from hvd_compress import validation
-from hvd_compress.algorithms.base import Algorithm, BucketAlgorithm
+from hvd_compress.algorithms.base import Algorithm, BucketAlgorithm, nonfinite_policy
 from hvd_compress.algorithms.dense import Dense
 from hvd_compress.algorithms.detached_ef import dense_on_updates
 from hvd_compress.bucket import ParamEntry
 from hvd_compress.comm.communicator import Communicator
+from hvd_compress.finite import require_policy
 
 Choices = Union[Mapping[Any, Algorithm], Sequence[tuple[Any, Algorithm]]]
 
@@ -35,6 +36,7 @@ class Policy(Algorithm):
         dense_dims: tensors of at most so many dimensions go dense (1: biases and norms; 0: none but scalars).
         patterns: {pattern: algorithm} or (pattern, algorithm) pairs, such as ``{"*.bias": Dense()}``.
         groups: {index of the parameter group: algorithm} or pairs.
+        nonfinite: "propagate", "raise" or "skip", for all parameters: see ``Algorithm``.
 
     Raises:
         ValueError: if a value is out of range, or algorithms cannot be combined.
@@ -45,10 +47,12 @@ class Policy(Algorithm):
     dense_dims: int = -1
     patterns: Choices = ()
     groups: Choices = ()
+    nonfinite: str = nonfinite_policy()
 
     def __post_init__(self) -> None:
         validation.integer("Policy", "dense_below", self.dense_below, 0)
         validation.integer("Policy", "dense_dims", self.dense_dims, -1)
+        require_policy("Policy", self.nonfinite)
         for argument in ("patterns", "groups"):
             value = getattr(self, argument)
             pairs = tuple(value.items()) if isinstance(value, Mapping) else tuple(value)
@@ -65,6 +69,11 @@ class Policy(Algorithm):
         if not isinstance(algorithm, Algorithm) or isinstance(algorithm, Policy):
             raise ValueError(
                 f"Policy: {argument}={algorithm!r} is not allowed; it must be an algorithm such as EF(...), Dense()"
+            )
+        if algorithm.nonfinite not in ("propagate", self.nonfinite):
+            raise ValueError(
+                f"Policy: {argument}={algorithm!r} has nonfinite={algorithm.nonfinite!r}; give it to the Policy, as it "
+                "is for all parameters"
             )
         if isinstance(algorithm, Dense):
             return

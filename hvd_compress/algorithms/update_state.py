@@ -17,6 +17,7 @@ from hvd_compress.comm.communicator import Communicator
 from hvd_compress.compressors.layout import pieces
 from hvd_compress.digest import digest
 from hvd_compress.exchange import Context, Exchange, ExchangeSchedule
+from hvd_compress.finite import poison, take_out
 
 
 class _Resting(NamedTuple):
@@ -77,8 +78,18 @@ class UpdateState(BucketState):
         """Add what the wrapped optimizer has subtracted to the residual, encode, launch."""
         self.set_step(step)
         self.points.accumulate_update(self.next_coefficient, self.rescale_for_lr(lr))
+        self.take_out_nonfinite()
         self.exchange.encode(self.points.residual.flat)
         self.exchange.launch()
+
+    def take_out_nonfinite(self) -> None:
+        """Leave no infinity or nan in the residual; it would stay there, and be sent again and again."""
+        self.nonfinite = take_out(self.points.residual.flat, self.points.residual.views)
+
+    def poison(self, flags: Tensor) -> None:
+        """Put nan into the model where ``flags`` says that a rank's update was none, as the sum would have done."""
+        poison(self.points.shared.views, flags)
+        poison(self.points.local.views, flags)
 
     def set_step(self, step: int) -> None:
         """Prepare the exchange of ``step``."""

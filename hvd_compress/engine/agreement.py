@@ -33,6 +33,7 @@ def description(optimizer: Any, options: Options) -> list[tuple[str, Any]]:
     names = optimizer._parameter_names
     items: list[tuple[str, Any]] = [
         ("compression", repr(options.algorithm)),
+        ("nonfinite", options.algorithm.nonfinite),
         ("op, gradient_predivide_factor, backward_passes_per_step", (*options.reduction, options.passes)),
         ("sparse_as_dense", bool(options.sparse_as_dense)),
         ("the class of the optimizer", optimizer._hvd_base.__name__),

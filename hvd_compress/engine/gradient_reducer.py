@@ -14,7 +14,9 @@ from hvd_compress.engine import grad_scaler, sparse
 from hvd_compress.engine.agreement import Options
 from hvd_compress.engine.autograd_hooks import no_compile
 from hvd_compress.engine.learning_rate import RatesInBackward, rate_of
+from hvd_compress.engine.nonfinite import Flags, flags_of
 from hvd_compress.engine.reducer import Reducer
+from hvd_compress.finite import nonfinite_flags, poison
 
 
 class GradientReducer(Reducer):
@@ -73,6 +75,8 @@ class GradientReducer(Reducer):
         ]
         with self.recorder.timing("encode_seconds"):
             state.start(self.step, gradients, rate_of(self.optimizer, state.bucket, self.tracker.scaler_now))
+            if not state.has_residual and self.algorithm.nonfinite != "propagate":
+                state.nonfinite = self._look_at(gradients, state.bucket.device)
         self._started.add(index)
 
     # -- in synchronize() --------------------------------------------------------------------------------
@@ -87,6 +91,7 @@ class GradientReducer(Reducer):
             touched, and every rank has an infinity in its gradients, for its GradScaler to find.
         """
         self._end_unused_step()
+        self.skips_step = False
         self.sync_buckets()
         tracked = self.tracker.tracked
         if self._scaled and self.comm.any_rank(grad_scaler.overflowed(tracked)):
@@ -104,12 +109,43 @@ class GradientReducer(Reducer):
             # Also after a failed collective: an elastic job goes on from here.
             self.reset_pass_counts()
         self._exchanged = True
+        self._act_on_nonfinite()
         return False
+
+    def _launch_nonfinite(self) -> None:
+        """Tell other ranks of infinities and nan in this rank's gradients, if anything depends on that (collective)."""
+        flags = [flags_of(state) for state in self.states] if any(s.nonfinite is not None for s in self.states) else []
+        if self._partition.sparse and self.algorithm.nonfinite != "propagate":
+            names = [self.tracker.names[p] for p in self._partition.sparse]
+            values = [None if p.grad is None else p.grad._values() for p in self._partition.sparse]
+            flags.append(Flags(names, self._look_at(values, self._partition.sparse[0].device)))
+        self._nonfinite.launch(flags)
+
+    def _look_at(self, gradients: Sequence[Optional[Tensor]], device: torch.device) -> Tensor:
+        nothing = torch.zeros(0, device=device)
+        return nonfinite_flags([nothing if g is None else g for g in gradients])
+
+    def _act_on_nonfinite(self) -> None:
+        """Let every rank see the infinities and nan that any has found in its gradients: see ``Algorithm.nonfinite``.
+
+        Raises:
+            FloatingPointError: on every rank, if the algorithm asks for that.
+        """
+        counts = self._nonfinite.finish()
+        if self.algorithm.nonfinite == "propagate":
+            for state, flags in zip(self.states, counts):
+                found = [i for i, p in enumerate(state.bucket.parameters) if p.grad is not None]
+                gradients = [cast(Tensor, state.bucket.parameters[i].grad) for i in found]
+                values = [g._values() if g.is_sparse else g for g in gradients]
+                poison(values, flags if len(found) == len(flags) else flags[found])
+        elif any(bool(flags.any()) for flags in counts):
+            self._refuse_nonfinite("gradient")
 
     def _exchange(self) -> None:
         for index in range(len(self.states)):
             if index not in self._started:
                 self._start(index)
+        self._launch_nonfinite()
         names = [self.tracker.names[p] for p in self._partition.sparse]
         waits = sparse.launch(self.comm, self._partition.sparse, names, self.reduction.op)
         # Later rounds are launched here, in one order on every rank, whatever the order of hooks.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import hashlib
+import warnings
 from typing import Any, Callable, Optional, Sequence, Union, cast
 
 import torch
@@ -14,6 +15,7 @@ from hvd_compress.algorithms.base import State
 from hvd_compress.comm.communicator import Communicator, Reduction, is_elastic
 from hvd_compress.engine.agreement import Options, agree, parameter_item
 from hvd_compress.engine.bucketing import Partition
+from hvd_compress.engine.nonfinite import NonfiniteCheck
 from hvd_compress.engine.ownership import Trainer
 from hvd_compress.engine.step_check import StepCheck, Verdict, largest, ranks_joined_error
 from hvd_compress.engine.tracker import ParameterTracker
@@ -37,6 +39,8 @@ class Reducer(abc.ABC):
     Attributes:
         step: exchanges done so far, the same on every rank once a step's check has arrived.
         local_steps_done: steps of the wrapped optimizer since the last exchange; as ``step``.
+        skips_step: whether the wrapped optimizer is not to step, on any rank, as a gradient is none.
+        has_closure: whether the step has been given a closure, which runs inside of it.
         trainer: tells other optimizers over the same parameters whether these hold points of this one.
         on_build: called with the states of new buckets.
         on_sync: called before a step is checked, to take over what a broadcast has left.
@@ -54,6 +58,9 @@ class Reducer(abc.ABC):
         context = Context(comm, self.exchanged_reduction, self._optimizer_state)
         self._partition = Partition(options.algorithm, context, options.groups, options.sparse_as_dense)
         self._check = StepCheck(comm)
+        self._nonfinite = NonfiniteCheck(comm, self.recorder)
+        self.skips_step = False
+        self.has_closure = False
         self._verdict: Optional[Verdict] = None  # of this step's check, once it has arrived
         self._agreed = False
         self._built = False
@@ -102,7 +109,23 @@ class Reducer(abc.ABC):
 
     def discard_step(self) -> None:
         """Give up the step that has been synchronized: nothing that is remembered changes."""
+        self.skips_step = False
         self.reset_pass_counts()
+
+    def _refuse_nonfinite(self, what: str) -> None:
+        """Give up a step for which a rank has an infinity or nan: leave it out, or raise, on all ranks (collective).
+
+        Raises:
+            FloatingPointError: if the algorithm asks for that, or if a closure runs inside the step already.
+        """
+        error = self._nonfinite.error(self.step, what)
+        self.discard_step()
+        if self.algorithm.nonfinite == "raise" or self.has_closure:
+            raise error
+        self.skips_step = True
+        self.recorder.skipped += 1
+        if self.recorder.skipped == 1:
+            warnings.warn(f"hvd_compress: a step is left out on all ranks: {error}", stacklevel=2)
 
     def has_new_gradients(self) -> bool:
         """Return whether this rank has gradients that ``synchronize`` has not seen."""

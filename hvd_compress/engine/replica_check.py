@@ -2,36 +2,66 @@
 
 from __future__ import annotations
 
-from typing import Sequence
+from typing import NoReturn, Sequence
 
 import torch
+from torch import Tensor
 
 from hvd_compress.algorithms.base import State
-from hvd_compress.comm.communicator import Communicator
+from hvd_compress.comm.communicator import Communicator, Sum
 from hvd_compress.digest import digest
+
+VARIABLE = "HVD_COMPRESS_CHECK_REPLICAS"
+
+
+def period(value: str) -> int:
+    """Return the number of steps from one check to the next that the environment asks for; 0: no checks.
+
+    Raises:
+        ValueError: if ``value`` is neither empty nor an integer >= 0.
+    """
+    if not (value or "0").isdecimal():
+        raise ValueError(
+            f"{VARIABLE}={value!r} in the environment is not allowed; it must be an integer >= 0: check "
+            "every so many steps, 0: never"
+        )
+    return int(value or "0")
 
 
 def check_replicas(comm: Communicator, states: Sequence[State], step: int) -> None:
     """Raise RuntimeError on every rank unless the shared model has the same bits everywhere (collective).
 
+    One allgather of 8 bytes per parameter, after a pass over the model.
+
     Args:
         states: of all buckets; those whose ranks have models of their own are left out.
         step: number of the last step, for the message.
     """
-    names, rows = [], []
+    names, values = [], []
     for state in states:
-        for name, values in zip(state.bucket.layout.names, state.replica()):
-            names.append(name)
-            rows.append(digest(values))
-    if not rows:
+        names += state.bucket.layout.names
+        values += state.replica() or [None] * len(state.bucket.layout.names)
+    kept = [index for index, value in enumerate(values) if value is not None]
+    if not kept:
         return
-    every = comm.allgather(torch.stack(rows).cpu(), "replicas").view(comm.size, -1)
+    rows = torch.stack([digest(values[index]).cpu() for index in kept])
+    every = comm.allgather(rows, "replicas").view(comm.size, -1)
     different = (every != every[0]).any(dim=0).nonzero()
     if different.numel():
-        name = names[int(different[0])]
-        ranks = (every[:, int(different[0])] != every[0, int(different[0])]).nonzero().flatten().tolist()
-        raise RuntimeError(
-            f"replicas differ: after step {step} parameter {name!r} of the shared model is not the same on rank 0 and "
-            f"on rank(s) {ranks} (seen by rank {comm.rank}). Was a parameter written on some ranks only? Broadcast the "
-            "parameters again, or restart from a checkpoint"
-        )
+        column = int(different[0])
+        _raise_for(comm, names[kept[column]], values[kept[column]], every[:, column].tolist(), step)
+
+
+def _raise_for(comm: Communicator, name: str, values: Tensor, digests: Sequence[int], step: int) -> NoReturn:
+    """Raise the error for the first parameter that differs, with the largest difference from rank 0 (collective)."""
+    own = values.to(torch.float64)
+    first = comm.allreduce(own.clone() if comm.rank == 0 else torch.zeros_like(own), "replicas.first", Sum)
+    apart = float((own - first).abs().max())
+    largest = comm.gather_objects(apart, "replicas.apart")
+    found = {rank: largest[rank] for rank, other in enumerate(digests) if other != digests[0]}
+    listed = ", ".join(f"rank {rank} (by up to {difference:.3g})" for rank, difference in found.items())
+    raise RuntimeError(
+        f"replicas differ: after step {step} parameter {name!r} of the shared model is not the same on rank 0 and on "
+        f"{listed} (seen by rank {comm.rank}). Was a parameter written on some ranks only? Broadcast the parameters "
+        "again, or restart from a checkpoint"
+    )

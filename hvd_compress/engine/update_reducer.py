@@ -16,8 +16,10 @@ from hvd_compress.comm.communicator import Average, Communicator, Reduction, Sum
 from hvd_compress.engine import local_gradients
 from hvd_compress.engine.agreement import Options
 from hvd_compress.engine.learning_rate import learning_rate
+from hvd_compress.engine.nonfinite import Flags, flags_of
 from hvd_compress.engine.overwritten import Overwritten
 from hvd_compress.engine.reducer import Reducer
+from hvd_compress.finite import nonfinite_flags
 
 _DIFFERENT_AT_FIRST = (
     "hvd_compress: at the first step parameters differ between ranks (this is rank {rank}); call "
@@ -106,8 +108,28 @@ class UpdateReducer(Reducer):
         if not self.comm.member:
             return
         self.sync_buckets()
+        if self._refuses_gradients():
+            return
         self._stepping = True
         self._clip()
+
+    def _refuses_gradients(self) -> bool:
+        """Return whether this step is left out as a rank's gradient is none; the ranks' momenta must not see it.
+
+        Gradients of a closure come later, and not equally often on all ranks: what they make of the update counts.
+        """
+        if self.algorithm.nonfinite == "propagate" or self.has_closure:
+            return False
+        nothing = torch.zeros(0, device="cpu")
+        flags = []
+        for state in self.states:
+            gradients = [nothing.to(state.bucket.device) if p.grad is None else p.grad for p in state.bucket.parameters]
+            values = [g._values() if g.is_sparse else g for g in gradients]
+            flags.append(Flags(state.bucket.layout.names, nonfinite_flags(values)))
+        self._nonfinite.launch(flags)
+        if any(bool(counts.any()) for counts in self._nonfinite.finish()):
+            self._refuse_nonfinite("gradient")
+        return self.skips_step
 
     def sync_buckets(self) -> None:
         self._ensure_params()
@@ -179,12 +201,26 @@ class UpdateReducer(Reducer):
         with self.recorder.timing("encode_seconds"):
             for state in self.states:
                 state.start(self.step, learning_rate(self.optimizer, state.bucket))
+            self._nonfinite.launch([flags_of(state) for state in self.states])
             for state in self.states:
                 state.next_round()
         with self.recorder.timing("decode_seconds"):
             for state in self.states:
                 state.finish()
+        self._act_on_nonfinite()
         self.step += 1
         self.trainer.apart = any(state.is_apart for state in self.states)
         self.recorder.close_step()
         self.record_parameters()
+
+    def _act_on_nonfinite(self) -> None:
+        """Let every rank see in the model that an update was none, on whichever rank.
+
+        Raises:
+            FloatingPointError: on every rank, if the algorithm does not propagate it.
+        """
+        counts = self._nonfinite.finish()
+        for state, flags in zip(self.states, counts):
+            state.poison(flags)
+        if self.algorithm.nonfinite != "propagate" and any(bool(flags.any()) for flags in counts):
+            raise self._nonfinite.error(self.step, "update")

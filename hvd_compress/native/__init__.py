@@ -111,6 +111,12 @@ def digest(vector: Tensor) -> int:
     return total - 2**64 if total >= 2**63 else total
 
 
+def all_finite(vector: Tensor) -> bool:
+    """Return whether no element of ``vector``, which ``applies`` to it, is an infinity or nan."""
+    address, n = vector.data_ptr(), vector.numel()
+    return all(run([partial(_kernels.all_finite, address + a * _FLOAT, b - a) for a, b in bounds(n, threads(n, n))]))
+
+
 def threads(work: int, parts: int) -> int:
     """Return how many threads to use for ``work`` elements in at most ``parts`` slices, within torch's limit."""
     return max(1, min(torch.get_num_threads(), work // GRAIN, parts))

@@ -123,6 +123,28 @@ static PyObject *digest(PyObject *self, PyObject *args)
     return PyLong_FromUnsignedLongLong(total);
 }
 
+/* 0 if a word is an infinity or nan, else 1 */
+CLONES static uint32_t finite_loop(const uint32_t *restrict words, Py_ssize_t n)
+{
+    uint32_t found = 0;
+    for (Py_ssize_t i = 0; i < n; i++)
+        found |= (words[i] & 0x7f800000u) == 0x7f800000u;
+    return !found;
+}
+
+static PyObject *all_finite(PyObject *self, PyObject *args)
+{
+    unsigned long long words;
+    Py_ssize_t n;
+    uint32_t finite;
+    if (!PyArg_ParseTuple(args, "Kn", &words, &n))
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    finite = finite_loop(AT(const uint32_t, words), n);
+    Py_END_ALLOW_THREADS
+    return PyBool_FromLong(finite);
+}
+
 static PyMethodDef methods[] = {
     {"fused_residual_update", fused_residual_update, METH_VARARGS,
      "fused_residual_update(x, e, z, n, local_coefficient, coefficient, decay): addresses of float32 vectors"},
@@ -131,6 +153,7 @@ static PyMethodDef methods[] = {
     {"add_product", add_product, METH_VARARGS,
      "add_product(out, p, columns, n, m, r, alpha): addresses of float32 matrices of n x m, n x r and r x m"},
     {"digest", digest, METH_VARARGS, "digest(words, n, first): address of 32-bit words, the first of them at a place"},
+    {"all_finite", all_finite, METH_VARARGS, "all_finite(words, n): address of a float32 vector"},
     {NULL, NULL, 0, NULL},
 };
 

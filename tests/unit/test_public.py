@@ -155,6 +155,7 @@ ROOMS = {
     "bucket": "parameters that travel together, and their flat buffers",
     "compressors": "what travels: mathematics on tensors, without network, optimizer or memory",
     "comm": "the only imports of Horovod and mpi4py",
+    "finite": "infinities and nan",
     "digest": "a number that depends on every bit of a vector",
     "native": "compiled loops",
     "telemetry": "figures",

@@ -22,7 +22,7 @@ def together(ranks: Sequence[Sequence[int]], scaled: Sequence[bool] = (), joined
     checks = []
     for k, own in enumerate(ranks):
         check = StepCheck(StubCommunicator(len(ranks) + joined))  # type: ignore[arg-type]
-        check.launch(own, bool(scaled) and scaled[k], k == 1)
+        check.launch(own, bool(scaled) and scaled[k], k == 0, k == 1)
         checks.append(check)
     rows = [check._row for check in checks]
     total = torch.stack([row for row in rows if row is not None]).sum(0)
@@ -60,7 +60,7 @@ def test_a_check_ends_once() -> None:
     check.launch([3])
     assert check.launched
     assert check.arrived
-    assert check.finish() == Verdict(1, (True,), False, False)
+    assert check.finish() == Verdict(1, (True,), False, False, False)
     assert not check.launched
     check.launch([3])
     check.forget(wait=True)

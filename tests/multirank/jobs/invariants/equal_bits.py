@@ -110,6 +110,24 @@ def check_replica_check_stops_every_rank() -> None:
         RuntimeError,
         "replicas differ",
         "'2.weight'",
-        f"[{hvd.size() - 1}]",
+        f"rank {hvd.size() - 1} (by up to ",
         call=lambda: train(model, optimizer, 1, harmonic_rate, first=3),
+    )
+
+
+@several_ranks
+@cases(EF(BLOCK), DEF(BLOCK))
+def check_replicas_are_compared_every_so_many_steps(compression: Any) -> None:
+    model, optimizer = make(compression)
+    optimizer.check_replicas = 3
+    train(model, optimizer, 3, harmonic_rate)
+    x = shared_parameter(optimizer, "2.weight") if exchanges_updates(compression) else model[2].weight.data
+    if hvd.rank() == 1:
+        x[0, 0] += 0.5
+    train(model, optimizer, 2, lambda t: 0.0, first=3)
+    raises(
+        RuntimeError,
+        "after step 6 parameter '2.weight'",
+        "rank 1 (by up to 0.5)",
+        call=lambda: train(model, optimizer, 1, lambda t: 0.0, first=5),
     )
