@@ -4,11 +4,12 @@ SHELL := /bin/bash
 VENV ?= $(CURDIR)/.venv
 PY := $(VENV)/bin/python
 NP ?= 2
+SEED ?= 1
 PYTEST := env PATH="$(VENV)/bin:$$PATH" $(PY) -m pytest
 export VENV
 
 .DEFAULT_GOAL := setup
-.PHONY: help setup train test test-only test-full test-slurm lint bench volume convergence fingerprint papers clean distclean
+.PHONY: help setup train test test-only test-full test-slurm lint soak bench volume convergence fingerprint papers clean distclean
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*##/\t/' | expand -t 14
 
@@ -33,6 +34,10 @@ test-slurm: setup ## a real SLURM on this machine: install, start, submit, check
 lint: setup ## ruff (rules and format) and mypy
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/mypy && $(VENV)/bin/mypy --no-warn-return-any --allow-untyped-calls tests
+
+soak: setup ## 20,000 steps at 4 ranks with everything that scripts do, at random (SEED=1)
+	@env PATH="$(VENV)/bin:$$PATH" PYTHONPATH="$(CURDIR)" OMP_NUM_THREADS=1 $(VENV)/bin/horovodrun --gloo -np 4 -H localhost:4 \
+		$(PY) -m tests.soak.soak --seed $(SEED)
 
 bench: setup ## step times on a virtual cluster with rate-limited links (root)
 	@env PATH="$(VENV)/bin:$$PATH" $(PY) benchmarks/run.py

@@ -20,17 +20,26 @@ FULL_RANKS = (1, 3)
 MPI_RANKS = (2,)
 PROCESS_SETS = True
 SCALE = 2.0**10
-RECIPES = ("synchronize", "step", "unscale")
+RECIPES = ("synchronize", "step", "unscale", "by hand")
+scales_on_cpu = requires(hasattr(torch.amp, "GradScaler"))  # torch >= 2.3
 
 
 def step(model: Any, optimizer: Any, scaler: Any, t: int, recipe: str, infinite: bool = False) -> None:
-    """Take a scaled step, by Horovod's recipe (synchronize, unscale, clip, step), or by one of torch's."""
+    """Take a scaled step, by Horovod's recipe (synchronize, unscale, clip, step), or by one of torch's.
+
+    By hand: gradients are taken by torch.autograd.grad, so that no hook of a parameter sees them.
+    """
     optimizer.zero_grad()
     loss = loss_of(model, hvd.rank(), t)
     if infinite:
         loss = loss * float("inf")
-    scaler.scale(loss).backward()
-    if recipe == "synchronize":
+    if recipe == "by hand":
+        parameters = list(model.parameters())
+        for p, gradient in zip(parameters, torch.autograd.grad(scaler.scale(loss), parameters)):
+            p.grad = gradient
+    else:
+        scaler.scale(loss).backward()
+    if recipe in ("synchronize", "by hand"):
         optimizer.synchronize()
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 100.0)

@@ -1,0 +1,1 @@
+"""Long runs with everything that scripts do, at random from a seed."""
