@@ -139,6 +139,10 @@ class BucketState(abc.ABC):
         """Set the residual to zero (it has been applied by other means)."""
 
     @abc.abstractmethod
+    def reset(self) -> None:
+        """Forget everything but the shared model: be as a new state is."""
+
+    @abc.abstractmethod
     def shared_point(self, comm: Communicator) -> Optional[Tensor]:
         """Return the model that ranks share, flat; None if the parameters hold it (collective)."""
 

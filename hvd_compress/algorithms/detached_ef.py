@@ -166,6 +166,11 @@ class _DEFState(UpdateState):
             self._sent.apply_aggregate()
         self.mask_momentum()
 
+    def reset(self) -> None:
+        super().reset()
+        if self._measured is not None:
+            self._measured.reset()
+
     def state_dict(self) -> dict[str, Any]:
         saved = super().state_dict()
         return saved if self._measured is None else {**saved, **self._measured.state_dict()}
@@ -215,6 +220,10 @@ class _BestCoefficient:
         # Scale factors from 2^16 on are no payload's, so Horovod never fuses this number with one.
         scale = 2.0 ** (16 + bucket.ordinal % 16)
         self._mean_square_now = FlatAllreduce(square, f"{bucket.name}.square", bucket, context, scale=scale)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all measurements."""
         self.coefficient: Coefficient = FIRST_COEFFICIENT
         self._mean_square: Coefficient = 0.0
         self._square_mean: Coefficient = 0.0

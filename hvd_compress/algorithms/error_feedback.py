@@ -166,6 +166,10 @@ class _EFState(GradientState):
             pending.views[i].zero_()
         return pending.flat
 
+    def reset(self) -> None:
+        super().reset()
+        self._schedule.reset()
+
     def clear_residual(self) -> None:
         self._residual.flat.zero_()
 

@@ -63,6 +63,11 @@ class GradientState(BucketState):
         """Remember what this step has changed: the wrapped optimizer steps with its results."""
         self.residual_lr, self.largest_lr = self._step_lr, self._step_largest
 
+    def reset(self) -> None:
+        self.discard_step()
+        self.clear_residual()
+        self.residual_lr, self.largest_lr = None, 0.0
+
     def residual_rescale(self, rate: Rate, rescale: bool) -> float:
         """Return the factor that keeps the residual's update as it was at the rate of this step.
 

@@ -235,7 +235,7 @@ class UpdateState(BucketState):
                 points.local.flat.copy_(found)
 
     def reset_to_model(self, overwritten: bool) -> None:
-        """Leave nothing pending, and the model in the parameters.
+        """Be as a new state is, with the model in the parameters.
 
         Args:
             overwritten: whether a script has written into parameters since they were placed. These are the model's as
@@ -248,9 +248,15 @@ class UpdateState(BucketState):
             for x, z, before in zip(points.shared.views, points.local.views, placed.views):
                 if self.has_unsent_local_steps or not torch.equal(z, before):
                     x.copy_(z)
+        self.reset()
+
+    def reset(self) -> None:
+        self.set_inactive(frozenset())
         self.has_unsent_local_steps = False
         self.clear_residual()
-        points.reset_to(points.shared.flat)
+        self.points.reset_to(self.points.shared.flat)
+        self._schedule.reset()
+        self._lr = math.nan
 
     def restore(self, parts: Mapping[str, SavedParameter], own: bool) -> set[str]:
         self.set_inactive(frozenset())

@@ -145,6 +145,9 @@ class JointCodec(abc.ABC):
     def commit(self) -> None:  # noqa: B027
         """Remember what improves the next step: the step is taken."""
 
+    def reset(self) -> None:  # noqa: B027
+        """Forget what ``commit`` has remembered."""
+
     def warm_start(self) -> dict[str, list[Tensor]]:
         """Return the state that improves the next step, by kind: one tensor per parameter, the same on every rank."""
         return {}

@@ -144,9 +144,10 @@ class Reducer(abc.ABC):
         self.tracker.reset()
 
     def reset_to_model(self) -> None:
-        """Leave nothing pending: a state is to be loaded, which says everything that is."""
+        """Forget everything but the model: a state is to be loaded, which says everything else."""
+        self.step = self.local_steps_done = 0
         for state in self.states:
-            state.clear_residual()
+            state.reset()
 
     def remember_parameters(self) -> None:  # noqa: B027
         """Note that a script may copy the parameters as they are, to put them back later."""

@@ -170,7 +170,8 @@ class UpdateReducer(Reducer):
         return total.div_(present)
 
     def reset_to_model(self) -> None:
-        """Leave nothing pending; the model is what a script has written into parameters, else the shared one."""
+        """Forget everything but the model, which is what a script has written into parameters, else the shared one."""
+        self.step = self.local_steps_done = 0
         self._ensure_params()
         for state, changed in zip(self.states, self._overwritten.flags(self._points)):
             state.reset_to_model(bool(changed))

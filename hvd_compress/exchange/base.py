@@ -120,6 +120,9 @@ class Exchange(abc.ABC):
         """Set the coordinates that this rank has sent to zero in ``flat`` (compressors that select coordinates)."""
         raise NotImplementedError(f"{type(self).__name__} does not know which coordinates were sent")
 
+    def reset(self) -> None:  # noqa: B027
+        """Forget what it remembers from step to step."""
+
     def warm_start(self) -> dict[str, FlatBuffer]:
         """Return what the compressor carries from step to step, the same on every rank, by kind."""
         return {}

@@ -63,6 +63,9 @@ class MultiRoundExchange(Exchange):
     def commit(self) -> None:
         self._codec.commit()
 
+    def reset(self) -> None:
+        self._codec.reset()
+
     def warm_start(self) -> dict[str, FlatBuffer]:
         # Views with memory of their own: there is no flat vector behind them.
         empty = self._rounds[0].buffer[:0]

@@ -46,3 +46,8 @@ class ExchangeSchedule:
             self._exchange = None  # frees the buffers of the last stage before the next allocates its own
             self._stage, self._exchange = stage, one_way_exchange(self._bucket, compressor, self._context, name)
         return self._exchange
+
+    def reset(self) -> None:
+        """Forget what the exchange in force remembers from step to step."""
+        if self._exchange is not None:
+            self._exchange.reset()

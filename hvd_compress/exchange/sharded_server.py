@@ -177,6 +177,9 @@ class ShardedServerExchange(Exchange):
     def clear_server_error(self) -> None:
         self.error.zero_()
 
+    def reset(self) -> None:
+        self.clear_server_error()
+
     def reshard(self) -> Optional[Tensor]:
         comm = self.context.comm
         if (comm.size, comm.rank) == (self._size, self._rank):

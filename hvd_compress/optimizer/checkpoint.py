@@ -7,6 +7,7 @@ rank had not sent yet, parameter by parameter, joins its residual. Never saved: 
 
 from __future__ import annotations
 
+import copy
 import uuid
 import warnings
 from typing import Any, Mapping, Optional, Sequence
@@ -125,9 +126,10 @@ class OptimizerCheckpoint:
         self._pending_state = None
         if saved is not None:
             require_same_shapes(reducer.states, saved["buckets"])
+            if self._is_live(saved):
+                saved = copy.deepcopy(saved)
         reducer.reset_to_model()
         if saved is None:
-            reducer.local_steps_done = 0
             return
         reducer.step, reducer.local_steps_done = saved["step"], saved["local_steps_done"]
         if reducer.algorithm.exchanges_updates or reducer.algorithm.local_models:
@@ -138,6 +140,12 @@ class OptimizerCheckpoint:
             reducer.record_parameters()
         else:
             self._pending_state = saved
+
+    def _is_live(self, saved: Mapping[str, Any]) -> bool:
+        """Return whether ``saved`` holds this optimizer's own buffers, as ``state_dict`` gives them."""
+        own = {v.data_ptr() for state in self._reducer.states for b in state.buffers().values() for v in b.views}
+        views = (v for bucket in saved["buckets"] for part in bucket["state"]["buffers"].values() for v in part)
+        return any(view.data_ptr() in own for view in views if view.numel())
 
     def restore_new_buckets(self, states: Sequence[State]) -> None:
         """Give buckets that have just been cut the state that was loaded before."""

@@ -25,10 +25,13 @@ NUMBERS = (math.nan, math.inf, -math.inf)
 NAME = "0.weight"
 
 
-def spoil(model: Any, value: float = math.nan) -> None:
-    """Put a number that is none into the last rank's gradient of one parameter."""
+def backward(model: Any, t: int, value: float = math.nan) -> torch.Tensor:
+    """Compute gradients; the last rank's of one element of a parameter is a number that is none."""
+    loss = loss_of(model, hvd.rank(), t)
     if hvd.rank() == hvd.size() - 1:
-        model.get_parameter(NAME).grad[2, 3] = value
+        loss = loss + model.get_parameter(NAME)[2, 3] * value
+    loss.backward()
+    return loss
 
 
 def with_policy(compression: Any, policy: str) -> Any:
@@ -39,8 +42,7 @@ def with_policy(compression: Any, policy: str) -> Any:
 def spoiled_step(model: Any, optimizer: Any, value: float = math.nan) -> None:
     """Take a step with a spoiled gradient."""
     optimizer.zero_grad()
-    loss_of(model, hvd.rank(), 99).backward()
-    spoil(model, value)
+    backward(model, 99, value)
     optimizer.step()
 
 
@@ -50,8 +52,7 @@ def check_it_is_seen_on_every_rank_and_kept_in_no_residual(compression: Any, val
     model, optimizer = make(compression)
     train(model, optimizer, 4, harmonic_rate)
     optimizer.zero_grad()
-    loss_of(model, hvd.rank(), 4).backward()
-    spoil(model, value)
+    backward(model, 4, value)
     optimizer.synchronize()
     if not exchanges_updates(compression):
         assert not bool(torch.isfinite(model.get_parameter(NAME).grad).all()), "seen in p.grad"
@@ -59,7 +60,8 @@ def check_it_is_seen_on_every_rank_and_kept_in_no_residual(compression: Any, val
     with optimizer.skip_synchronize():
         optimizer.step()
     assert not bool(torch.isfinite(model.get_parameter(NAME)).all()), "seen in the model"
-    assert bool(torch.isfinite(residuals(optimizer)).all()) and math.isfinite(optimizer.stats().residual_norm)
+    assert math.isfinite(optimizer.stats().residual_norm)
+    assert compression == Dense() or bool(torch.isfinite(residuals(optimizer)).all())
 
 
 @cases(compression=(Dense(), LOSSY), repaired=("model", "gradient"))
@@ -72,8 +74,7 @@ def check_training_goes_on_after_a_repair(compression: Any, repaired: str) -> No
     momenta = sgd(network(), lr=0.05, momentum=0.9).state_dict()
     if repaired == "gradient" and not exchanges_updates(compression):
         optimizer.zero_grad()
-        loss_of(model, hvd.rank(), 4).backward()
-        spoil(model)
+        backward(model, 4)
         optimizer.synchronize()
         for p in model.parameters():
             p.grad.nan_to_num_(0.0)
@@ -120,8 +121,7 @@ def check_skip_leaves_the_step_out_on_all_ranks(compression: Any, explicit: bool
                 warnings.simplefilter("always")
                 for _ in range(2):
                     optimizer.zero_grad()
-                    loss_of(model, hvd.rank(), 99).backward()
-                    spoil(model)
+                    backward(model, 99)
                     if explicit:
                         optimizer.synchronize()
                         with optimizer.skip_synchronize():
@@ -154,10 +154,7 @@ def check_closures_raise(compression: Any) -> None:
 
     def closure() -> Any:
         optimizer.zero_grad()
-        loss = loss_of(model, hvd.rank(), 0)
-        loss.backward()
-        spoil(model)
-        return loss
+        return backward(model, 0)
 
     raises(FloatingPointError, NAME, call=lambda: optimizer.step(closure))
 
