@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Mapping, Optional, Sequence, Union, cast
+from typing import Any, Iterable, Mapping, Optional, Sequence, Union, cast
 
 from hvd_compress import validation
 from hvd_compress.algorithms.base import Algorithm, BucketAlgorithm, nonfinite_policy
@@ -54,12 +54,7 @@ class Policy(Algorithm):
         validation.integer("Policy", "dense_dims", self.dense_dims, -1)
         require_policy("Policy", self.nonfinite)
         for argument in ("patterns", "groups"):
-            value = getattr(self, argument)
-            pairs = tuple(value.items()) if isinstance(value, Mapping) else tuple(value)
-            kind = str if argument == "patterns" else int
-            if not all(isinstance(key, kind) for key, _ in pairs):
-                raise ValueError(f"Policy: {argument}={value!r} is not allowed; its keys must be {kind.__name__}s")
-            object.__setattr__(self, argument, pairs)
+            object.__setattr__(self, argument, _pairs(argument, getattr(self, argument)))
         self._check("default", self.default)
         for argument, rules in (("patterns", self._patterns), ("groups", self._groups)):
             for key, algorithm in rules:
@@ -147,3 +142,22 @@ class Policy(Algorithm):
     def check(self, comm: Communicator) -> None:
         for algorithm in self._algorithms:
             algorithm.check(comm)
+
+
+def _pairs(argument: str, value: Any) -> tuple[tuple[Any, Any], ...]:
+    """Return the (key, algorithm) pairs of ``patterns`` or ``groups``.
+
+    Raises:
+        ValueError: if they are no pairs, or a key is of the wrong kind.
+    """
+    items = tuple(value.items() if isinstance(value, Mapping) else value) if isinstance(value, Iterable) else (None,)
+    if not all(isinstance(item, (tuple, list)) and len(item) == 2 for item in items):
+        raise ValueError(
+            f"Policy: {argument}={value!r} is not allowed; it must be a dict {{key: algorithm}}, or such pairs"
+        )
+    pairs = tuple((key, algorithm) for key, algorithm in items)
+    if argument == "patterns" and not all(isinstance(key, str) for key, _ in pairs):
+        raise ValueError(f"Policy: patterns={value!r} is not allowed; its keys must be strings")
+    for key, _ in pairs if argument == "groups" else ():
+        validation.integer("Policy", "groups: the key", key, 0)
+    return pairs

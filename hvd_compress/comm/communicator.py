@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import math
 import os
 import pickle
+import sys
 import time
 import weakref
 from typing import Any, Callable, Iterator, NamedTuple, Optional
@@ -24,6 +27,11 @@ HorovodInternalError = hvd.HorovodInternalError
 RANKS_JOINED = (
     "a rank has called hvd.join(), after which only an allreduce works: give all ranks the same number of steps, or "
     "use an algorithm whose payloads are summed, such as EF or DEF with RandomBlock"
+)
+
+TOO_LATE = (
+    "no answer from another rank within {seconds:g} seconds (HVD_COMPRESS_TIMEOUT_SECONDS): it has stopped, is far "
+    "slower, or is not in this method"
 )
 
 # By the object: Horovod gives the number of a process set that was removed to the next one, of other ranks.
@@ -87,6 +95,29 @@ def _require_writable(tensor: Tensor, name: str) -> None:
         )
 
 
+def time_limit() -> float:
+    """Return the seconds that a rank waits for a collective: HVD_COMPRESS_TIMEOUT_SECONDS, or infinity.
+
+    Raises:
+        ValueError: if the variable is no number > 0.
+    """
+    text = os.environ.get("HVD_COMPRESS_TIMEOUT_SECONDS", "")
+    try:
+        seconds = float(text or "inf")
+    except ValueError:
+        seconds = math.nan
+    if not seconds > 0:
+        raise ValueError(f"HVD_COMPRESS_TIMEOUT_SECONDS={text!r} is not allowed; it must be a number of seconds > 0")
+    return seconds
+
+
+def _leave() -> None:
+    """End this process: Horovod's own end would wait in MPI, without a limit, for the rank that has stopped."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
+
+
 class Handle:
     """A collective that has been launched; in-place collectives also put the result into their tensor.
 
@@ -94,10 +125,13 @@ class Handle:
         handle: Horovod's handle; None if the result is there already.
         result: what ``wait`` returns in that case.
         comm: the communicator that counts the seconds waited.
+        what: the collective, for messages.
     """
 
-    def __init__(self, handle: Optional[int] = None, result: Any = None, comm: Optional[Communicator] = None) -> None:
-        self._handle, self._result, self._comm = handle, result, comm
+    def __init__(
+        self, handle: Optional[int] = None, result: Any = None, comm: Optional[Communicator] = None, what: str = ""
+    ) -> None:
+        self._handle, self._result, self._comm, self._what = handle, result, comm, what
 
     def done(self) -> bool:
         """Return True if ``wait`` would return at once."""
@@ -107,19 +141,23 @@ class Handle:
         """Block until the collective is done, leaving the processor to others, and return its result.
 
         Raises:
-            HorovodInternalError: if a peer has failed, or has called ``hvd.join()`` and this is no allreduce.
+            HorovodInternalError: if a peer has failed, has called ``hvd.join()`` and this is no allreduce, or has not
+                come within the time limit.
         """
-        if self._handle is None:
+        if self._handle is None or self._comm is None:
             return self._result
         handle, self._handle = self._handle, None
-        with self._comm.waiting() if self._comm is not None else contextlib.nullcontext():
-            sleep_until_done(handle)
-            try:
-                self._result = hvd.synchronize(handle)
-            except HorovodInternalError as error:
-                if "join" not in str(error).lower():
-                    raise
-                raise HorovodInternalError(f"{error} (rank {hvd.rank()}): {RANKS_JOINED}") from error
+        with self._comm.waiting(), self._comm.explaining(self._what):
+            # hvd.synchronize spins, which slows down ranks that share a core and Horovod's own thread.
+            pause, latest = 2e-5, time.monotonic() + self._comm.time_limit
+            while not hvd.poll(handle):
+                if time.monotonic() > latest:
+                    if uses_mpi():
+                        atexit.register(_leave)
+                    raise HorovodInternalError(TOO_LATE.format(seconds=self._comm.time_limit))
+                time.sleep(pause)
+                pause = min(pause * 1.5, 2e-4)
+            self._result = hvd.synchronize(handle)
         return self._result
 
 
@@ -129,12 +167,16 @@ class Communicator:
     Attributes:
         process_set: Horovod's process set.
         ordinal: how many communicators of this process set were opened before.
+        time_limit: seconds that a rank waits for a collective.
+        phase: the method that collectives belong to, for messages.
         bytes_sent: bytes that this rank has sent, by the volume formulas of ring algorithms.
         seconds_waited: time that this rank has spent blocked in collectives.
     """
 
     def __init__(self, process_set: Any) -> None:
         self.process_set = process_set
+        self.time_limit = time_limit()
+        self.phase = "DistributedOptimizer()"
         self.bytes_sent = 0.0
         self.seconds_waited = 0.0
         # Every member builds its optimizers in the same order, so a count per process set names them alike.
@@ -171,6 +213,15 @@ class Communicator:
         finally:
             self.seconds_waited += time.perf_counter() - begin
 
+    @contextlib.contextmanager
+    def explaining(self, what: str) -> Iterator[None]:
+        """Add this rank, the phase and the collective to the message of a HorovodInternalError."""
+        try:
+            yield
+        except HorovodInternalError as error:
+            joined = f": {RANKS_JOINED}" if "join" in str(error).lower() else ""
+            raise HorovodInternalError(f"{error} (rank {hvd.rank()}, {self.phase}, {what}){joined}") from error
+
     def allreduce_async(
         self, tensor: Tensor, name: str, op: int = Average, prescale: float = 1.0, postscale: float = 1.0
     ) -> Handle:
@@ -181,15 +232,17 @@ class Communicator:
                 tensor.mul_(prescale * postscale)
             return Handle()
         self.bytes_sent += 2 * (self.size - 1) / self.size * tensor.numel() * tensor.element_size()
-        handle = hvd.allreduce_async_(
-            tensor,
-            name=f"{self._prefix}.{name}",
-            op=op,
-            prescale_factor=prescale,
-            postscale_factor=postscale,
-            process_set=self.process_set,
-        )
-        return Handle(handle, comm=self)
+        what = f"allreduce {name!r}"
+        with self.explaining(what):
+            handle = hvd.allreduce_async_(
+                tensor,
+                name=f"{self._prefix}.{name}",
+                op=op,
+                prescale_factor=prescale,
+                postscale_factor=postscale,
+                process_set=self.process_set,
+            )
+        return Handle(handle, comm=self, what=what)
 
     def allreduce(self, tensor: Tensor, name: str, op: int = Average) -> Tensor:
         """Reduce ``tensor`` over ranks by ``op`` (Average, Sum, Max), in place, and return it."""
@@ -206,8 +259,10 @@ class Communicator:
         if self.size == 1:
             return Handle(result=tensor)
         self.bytes_sent += (self.size - 1) * tensor.numel() * tensor.element_size()
-        handle = hvd.allgather_async(tensor, name=f"{self._prefix}.{name}", process_set=self.process_set)
-        return Handle(handle, comm=self)
+        what = f"allgather {name!r}"
+        with self.explaining(what):
+            handle = hvd.allgather_async(tensor, name=f"{self._prefix}.{name}", process_set=self.process_set)
+        return Handle(handle, comm=self, what=what)
 
     def allgather(self, tensor: Tensor, name: str) -> Tensor:
         """Concatenate the ranks' tensors along the first dimension, in rank order."""
@@ -224,8 +279,10 @@ class Communicator:
             return Handle(result=(tensor, splits))
         own = int(splits[self.rank])
         self.bytes_sent += (tensor.numel() - own) * tensor.element_size()
-        handle = hvd.alltoall_async(tensor, splits, name=f"{self._prefix}.{name}", process_set=self.process_set)
-        return Handle(handle, comm=self)
+        what = f"alltoall {name!r}"
+        with self.explaining(what):
+            handle = hvd.alltoall_async(tensor, splits, name=f"{self._prefix}.{name}", process_set=self.process_set)
+        return Handle(handle, comm=self, what=what)
 
     def gather_objects(self, value: Any, name: str) -> list[Any]:
         """Return every rank's ``value`` (picklable), in rank order, on every rank."""
@@ -241,15 +298,13 @@ class Communicator:
         if self.size == 1:
             return lambda: tensor
         tensor = tensor.coalesce()
-        nbytes = tensor.indices().numel() * 8 + tensor.values().numel() * tensor.values().element_size()
-        self.bytes_sent += (self.size - 1) * nbytes
-        finish: Callable[[], Tensor] = hvd.sparse_allreduce_async(
-            tensor, name=f"{self._prefix}.{name}", op=op, process_set=self.process_set
-        )
+        # Gathered along the first dimension, which is the second of indices.
+        indices = self.allgather_async(tensor.indices().t().contiguous(), f"{name}.indices")
+        values = self.allgather_async(tensor.values(), f"{name}.values")
 
         def wait() -> Tensor:
-            with self.waiting():
-                # Adding duplicates is not deterministic on an accelerator: sum them here, so that all ranks agree.
-                return finish().coalesce()
+            summands = values.wait() / (self.size if op == Average else 1)
+            # Adding duplicates is not deterministic on an accelerator: sum them here, so that all ranks agree.
+            return torch.sparse_coo_tensor(indices.wait().t(), summands, tensor.shape).coalesce()
 
         return wait

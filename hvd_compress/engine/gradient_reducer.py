@@ -249,9 +249,10 @@ class GradientReducer(Reducer):
     # -- bookkeeping -------------------------------------------------------------------------------------
 
     def set_passes(self, passes: int) -> None:
-        # Buckets that were started need their names and buffers again, and peers may have started others (after a
-        # failure in an elastic job no peer answers any more).
-        if self._started and not is_elastic():
+        # Buckets that were started need their names and buffers again, and peers may have started others, or none.
+        # After a failure in an elastic job no peer answers any more.
+        begun = self._check.launched or self._verdict is not None
+        if begun and not is_elastic() and self.comm.any_rank(bool(self._started)):
             for index in range(len(self.states)):
                 if index not in self._started:
                     self._start(index)

@@ -22,6 +22,8 @@ from hvd_compress.engine.tracker import ParameterTracker
 from hvd_compress.exchange import Context
 from hvd_compress.telemetry import Recorder
 
+STEP = "step()"  # as the methods that must be called on all ranks alike are named in messages
+
 
 class Reducer(abc.ABC):
     """The part that exchanges of gradients and of updates share.
@@ -167,13 +169,18 @@ class Reducer(abc.ABC):
 
     # -- all ranks are at the same step ------------------------------------------------------------------
 
-    def _launch_check(self) -> None:
-        """Start to compare the step with other ranks' (collective), unless that has been done for this step."""
+    def _launch_check(self, action: str = STEP) -> None:
+        """Start to compare the step with other ranks' (collective), unless that has been done for this step.
+
+        Args:
+            action: the method that all ranks must be in.
+        """
         if not (self._agreed or self._check.launched or self._verdict is not None):
             self._require_no_other()
             self.on_sync()
             self.tracker.notice_scaler()
-            digest, written = self._step_digest(), self._has_written()
+            self.comm.phase = f"{action} after {self.step} exchanges"
+            digest, written = self._step_digest(action), self._has_written()
             for state in self.states:
                 state.set_inactive(self.tracker.inactive(state.bucket.parameters))
             before = self.comm.bytes_sent
@@ -206,11 +213,9 @@ class Reducer(abc.ABC):
         """True if a rank's gradients come from a GradScaler; all ranks agree on it."""
         return self._verdict is not None and self._verdict.scaled
 
-    def _step_digest(self) -> int:
-        """Return 63 bits that differ if step, parameters, groups or what is frozen differ."""
-        numbers = repr((self.step, self.local_steps_done)).encode()
-        digest = hashlib.blake2b(numbers + self.tracker.description(), digest_size=8).digest()
-        return int.from_bytes(digest, "little") >> 1
+    def _step_digest(self, action: str) -> int:
+        """Return 63 bits that differ if the action, step, parameters, groups or what is frozen differ."""
+        return _bits(repr((action, self.step, self.local_steps_done)).encode() + self.tracker.description())
 
     def _hear_check(self) -> bool:
         """Return whether ranks agree on this step, and none has to wait for overflows; never waits: a hook may ask."""
@@ -222,29 +227,40 @@ class Reducer(abc.ABC):
     def _allows(self, verdict: Verdict) -> bool:
         return verdict.present == self.comm.size or self.algorithm.allreduce_only
 
-    def agree_on_step(self) -> Verdict:
+    def agree_on_step(self, action: str = STEP) -> Verdict:
         """Wait for the step's check, and make the step common to all ranks (collective).
+
+        Args:
+            action: the method that all ranks must be in.
 
         Raises:
             ValueError: on every rank, if they have different parameters, or have frozen others.
-            RuntimeError: on every rank, if one has joined and the algorithm needs more than allreduces.
+            RuntimeError: on every rank, if they are in different methods, or if one has joined and the algorithm needs
+                more than allreduces.
         """
-        self._launch_check()
+        self._launch_check(action)
         verdict = self._check.finish() if self._verdict is None else self._verdict
         self._verdict = verdict
         if not self._allows(verdict):
             raise ranks_joined_error(self.comm.rank)
         if not all(verdict.equal):
-            self._require_same_parameters(verdict)
+            self._require_same_calls(verdict, action)
             self.step, self.local_steps_done = largest(self.comm, (self.step, self.local_steps_done))
             self._verdict = verdict._replace(equal=(True,))
         self._agreed = True
         return verdict
 
-    def _require_same_parameters(self, verdict: Verdict) -> None:
-        described = int.from_bytes(hashlib.blake2b(self.tracker.description(), digest_size=8).digest(), "little") >> 1
-        self._check.launch([described])
-        if all(self._check.finish().equal):
+    def _require_same_calls(self, verdict: Verdict, action: str) -> None:
+        """Raise the same error on every rank unless all are in one method, with the same parameters (collective)."""
+        self._check.launch([_bits(self.tracker.description()), _bits(action.encode())])
+        parameters, actions = self._check.finish().equal
+        if not actions:
+            self.forget_agreement()
+            raise RuntimeError(
+                f"DistributedOptimizer: ranks are in different methods (rank {self.comm.rank} is in {action}). step(), "
+                "consensus(), flush() and adopt_parameters() exchange data: call them on all ranks, in the same order"
+            )
+        if parameters:
             return
         if verdict.present == self.comm.size:
             agree(self.comm, [parameter_item(entry) for entry in self.tracker.entries()])
@@ -275,10 +291,14 @@ class Reducer(abc.ABC):
         if new:
             self.on_build(new)
 
-    def sync_buckets(self) -> None:
-        """Bring buckets up to date with parameters that were added, loaded or broadcast since the last step."""
+    def sync_buckets(self, action: str = STEP) -> None:
+        """Bring buckets up to date with parameters that were added, loaded or broadcast since the last step.
+
+        Args:
+            action: the method that all ranks must be in.
+        """
         self.track()
-        verdict = self.agree_on_step()
+        verdict = self.agree_on_step(action)
         self.build()
         if verdict.moved:
             self._verdict = verdict._replace(moved=False)
@@ -286,3 +306,8 @@ class Reducer(abc.ABC):
             self.on_moved(None if former is None else former[1])
             self.recorder.exclude_bytes(before)
         self._place = self._place_now
+
+
+def _bits(content: bytes) -> int:
+    """Return a hash of 63 bits."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little") >> 1

@@ -37,19 +37,15 @@ def check_replicas(comm: Communicator, states: Sequence[State], step: int) -> No
         states: of all buckets; those whose ranks have models of their own are left out.
         step: number of the last step, for the message.
     """
-    names, values = [], []
-    for state in states:
-        names += state.bucket.layout.names
-        values += state.replica() or [None] * len(state.bucket.layout.names)
-    kept = [index for index, value in enumerate(values) if value is not None]
-    if not kept:
+    found = [pair for state in states for pair in zip(state.bucket.layout.names, state.replica())]
+    if not found:
         return
-    rows = torch.stack([digest(values[index]).cpu() for index in kept])
+    rows = torch.stack([digest(values).cpu() for _, values in found])
     every = comm.allgather(rows, "replicas").view(comm.size, -1)
     different = (every != every[0]).any(dim=0).nonzero()
     if different.numel():
         column = int(different[0])
-        _raise_for(comm, names[kept[column]], values[kept[column]], every[:, column].tolist(), step)
+        _raise_for(comm, *found[column], every[:, column].tolist(), step)
 
 
 def _raise_for(comm: Communicator, name: str, values: Tensor, digests: Sequence[int], step: int) -> NoReturn:

@@ -47,7 +47,7 @@ class ParameterTracker:
         self.scaler: Optional[Any] = None
         self.scaled = False
         self.fired = False
-        self._scalers_used = 0
+        self._scalers_used = grad_scaler.times_used()  # others, before this optimizer was built, are not its own
         self._passes_left: dict[Parameter, int] = {}
         # One rank needs no hooks to exchange, only to see loss scaling; passes are not counted then.
         self.counts_passes = comm.member and (comm.size > 1 or is_elastic())

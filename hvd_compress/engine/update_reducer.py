@@ -18,7 +18,7 @@ from hvd_compress.engine.agreement import Options
 from hvd_compress.engine.learning_rate import learning_rate
 from hvd_compress.engine.nonfinite import Flags, flags_of
 from hvd_compress.engine.overwritten import Overwritten
-from hvd_compress.engine.reducer import Reducer
+from hvd_compress.engine.reducer import STEP, Reducer
 from hvd_compress.finite import nonfinite_flags
 
 _DIFFERENT_AT_FIRST = (
@@ -131,9 +131,9 @@ class UpdateReducer(Reducer):
             self._refuse_nonfinite("gradient")
         return self.skips_step
 
-    def sync_buckets(self) -> None:
+    def sync_buckets(self, action: str = STEP) -> None:
         self._ensure_params()
-        super().sync_buckets()
+        super().sync_buckets(action)
         assert self._verdict is not None
         if self.states and self._verdict.written:
             verdict, self._verdict = self._verdict, self._verdict._replace(written=False)

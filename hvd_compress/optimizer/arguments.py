@@ -10,6 +10,7 @@ from typing import Any, Iterable, Mapping, Optional, Sequence
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch.nn.parameter import is_lazy
 
 from hvd_compress import validation
 from hvd_compress.algorithms import Algorithm, Dense
@@ -17,6 +18,10 @@ from hvd_compress.comm import communicator
 from hvd_compress.comm.communicator import Adasum, Average, Sum
 from hvd_compress.compressors import Cast, Compressor
 from hvd_compress.engine.bucketing import Groups
+
+_NO_PAIRS = (
+    "named_parameters should be a sequence of tuples (name, parameter), usually produced by model.named_parameters()."
+)
 
 
 def require_horovod() -> None:
@@ -68,7 +73,7 @@ def adasum_compression(compression: Any) -> Any:
 
 def check_reduction(op: int, gradient_predivide_factor: float, backward_passes_per_step: int) -> None:
     """Check op, predivide factor and passes as Horovod does, with its messages."""
-    if op not in (Average, Sum, Adasum):
+    if isinstance(op, bool) or op not in (Average, Sum, Adasum):
         raise ValueError(f"DistributedOptimizer: op={op!r} is not allowed; it must be Average, Sum or Adasum")
     if gradient_predivide_factor != 1.0 and op != Average:
         raise ValueError("gradient_predivide_factor not supported with op != Average")
@@ -103,15 +108,40 @@ def check_process_set(process_set: Any) -> None:
         )
 
 
-def refuse_complex(parameters: Iterable[Parameter], names: Mapping[Parameter, str]) -> None:
-    """Raise ValueError if there is a complex one among ``parameters``."""
+def check_closure(closure: Any) -> None:
+    """Raise ValueError unless ``closure`` is None or can be called."""
+    if closure is not None and not callable(closure):
+        raise ValueError(
+            f"step: closure={_short(closure)} is not allowed; it must be a function that computes the loss and its "
+            "gradients, or None"
+        )
+
+
+def require_exchangeable(parameters: Iterable[Parameter], names: Mapping[Parameter, str]) -> None:
+    """Raise ValueError if there is a parameter that Horovod cannot exchange, or one without values."""
     for p in parameters:
+        name = f"DistributedOptimizer: parameter {names.get(p, '?')!r}"
+        if is_lazy(p):
+            raise ValueError(f"{name} has no shape yet; run the model once before its optimizer is built")
+        if p.is_meta:
+            raise ValueError(f"{name} is on the device 'meta', without values; build the model on a CPU or GPU")
         if p.is_complex():
             raise ValueError(
-                f"DistributedOptimizer: parameter {names.get(p, '?')!r} is complex ({p.dtype}), which Horovod cannot "
-                "exchange; store its real and imaginary parts in a real parameter, and use "
-                "torch.view_as_complex(parameter) in the model"
+                f"{name} is complex ({p.dtype}), which Horovod cannot exchange; store its real and imaginary parts in "
+                "a real parameter, and use torch.view_as_complex(parameter) in the model"
             )
+
+
+def require_known(groups: Groups, names: Mapping[Parameter, str]) -> None:
+    """Raise ValueError if ``groups`` are lists with a tensor that is no parameter; one may be added later by name."""
+    known = {id(p) for p in names}
+    for group in groups if isinstance(groups, (list, tuple)) else ():
+        for p in group:
+            if id(p) not in known:
+                raise ValueError(
+                    f"groups holds a tensor of shape {tuple(p.shape)} that is no parameter of the optimizer, nor in "
+                    "named_parameters"
+                )
 
 
 def _short(value: Any) -> str:
@@ -165,12 +195,14 @@ def parameter_names(
     groups = optimizer.param_groups
     if named_parameters is None:
         return {p: f"allreduce.noname.{i}.{j}" for i, group in enumerate(groups) for j, p in enumerate(group["params"])}
+    if not isinstance(named_parameters, Iterable):
+        raise ValueError(f"{_NO_PAIRS} (named_parameters={_short(named_parameters)})")
     named = list(named_parameters)
-    if any(not isinstance(p, tuple) for p in named):
-        raise ValueError(
-            "named_parameters should be a sequence of tuples (name, parameter), usually produced by "
-            "model.named_parameters()."
-        )
+    for pair in named:
+        if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)):
+            raise ValueError(f"{_NO_PAIRS} (named_parameters holds {_short(pair)})")
+        if not isinstance(pair[1], Tensor):
+            raise ValueError(f"{_NO_PAIRS} (named_parameters[{pair[0]!r}]={_short(pair[1])})")
     names = [name for name, _ in named]
     duplicates = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
     if duplicates:

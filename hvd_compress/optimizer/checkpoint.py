@@ -25,9 +25,9 @@ from hvd_compress.optimizer.saved_state import (
     find_bucket,
     numbers_of,
     parts_of,
-    require_same_shapes,
     with_numbers,
 )
+from hvd_compress.optimizer.state_checks import require_fitting, require_readable, require_same_kinds
 
 
 class OptimizerCheckpoint:
@@ -93,15 +93,15 @@ class OptimizerCheckpoint:
 
     # -- loading -----------------------------------------------------------------------------------------
 
-    def require_format(self, state: Mapping[str, Any]) -> None:
-        """Raise ValueError, before anything changes, if ``state`` was saved by a version with another format."""
-        comm, saved = self._reducer.comm, state.get(KEY)
-        if comm.member and saved is not None and saved["format"] != FORMAT:
-            raise ValueError(
-                f"load_state_dict: the state has format {saved['format']!r} of hvd_compress, and this version reads "
-                f"{FORMAT} (rank {comm.rank}). Load it with the version that wrote it, call optimizer.flush() on all "
-                f"ranks, and save the model and the state without its entry {KEY!r}"
-            )
+    def require_readable(self, state: Any) -> None:
+        """Raise ValueError, before anything changes, unless ``state`` can be loaded here."""
+        comm, states = self._reducer.comm, self._reducer.states
+        require_readable(state, comm.member, comm.rank if comm.member else -1)
+        if comm.member and (saved := state.get(KEY)) is not None:
+            require_fitting(states, saved["buckets"])
+            for found in states if self._is_of_this_place(saved) else ():
+                if (same := find_bucket(self._identity(found), saved["buckets"])) is not None:
+                    require_same_kinds(found, same["state"])
 
     def to_torch_state(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """Return ``state`` as the wrapped optimizer knows it, without what is ours."""
@@ -118,16 +118,14 @@ class OptimizerCheckpoint:
         """Restore ``saved`` (what ``add_to_state`` put under "hvd_compress"); None empties all residuals.
 
         Raises:
-            ValueError: if the state is of a model with other shapes.
+            ValueError: if a bucket of the same algorithm has other buffers here.
         """
         reducer = self._reducer
         if not reducer.comm.member:
             return
         self._pending_state = None
-        if saved is not None:
-            require_same_shapes(reducer.states, saved["buckets"])
-            if self._is_live(saved):
-                saved = copy.deepcopy(saved)
+        if saved is not None and self._is_live(saved):
+            saved = copy.deepcopy(saved)
         reducer.reset_to_model()
         if saved is None:
             return
@@ -173,13 +171,13 @@ class OptimizerCheckpoint:
 
     def _restore(self, states: Sequence[State], saved: Mapping[str, Any]) -> None:
         comm = self._reducer.comm
-        require_same_shapes(states, saved["buckets"])
-        own = self._is_own(saved)
-        same_place = (saved["rank"], saved["size"]) == (comm.rank, comm.size)
+        require_fitting(states, saved["buckets"])
+        own, same_place = self._is_own(saved), self._is_of_this_place(saved)
         others, remaining = list(saved["buckets"]), []
         for state in states:
             same = find_bucket(self._identity(state), others)
             if same is not None and own and same_place:
+                require_same_kinds(state, same["state"])
                 state.load_state_dict(same["state"])
                 others = [bucket for bucket in others if bucket is not same]
                 continue
@@ -199,12 +197,17 @@ class OptimizerCheckpoint:
             return parts
         return {name: part if part.lr is None else part._replace(pending=None) for name, part in parts.items()}
 
+    def _is_of_this_place(self, saved: Mapping[str, Any]) -> bool:
+        """Return whether this rank, of as many, has saved a state."""
+        comm = self._reducer.comm
+        return bool((saved["rank"], saved["size"]) == (comm.rank, comm.size))
+
     def _is_own(self, saved: Mapping[str, Any]) -> bool:
         """Return whether the saved residual is this rank's own; warn with the remedy if not, and there is one."""
         comm = self._reducer.comm
         if saved["rank"] is None:  # all ranks' states, merged
             return True
-        if saved["owner"] == self._owner or (saved["rank"], saved["size"]) == (comm.rank, comm.size):
+        if saved["owner"] == self._owner or self._is_of_this_place(saved):
             return True
         kinds = [bucket["state"]["buffers"].get(kind, ()) for bucket in saved["buckets"] for kind in RESIDUAL_KINDS]
         if any(bool(view.any()) for views in kinds for view in views):

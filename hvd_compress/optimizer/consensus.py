@@ -38,6 +38,15 @@ class Consensus:
                 "parameters are not the ones being trained; leave the context first"
             )
 
+    def require_training(self, action: str) -> None:
+        """Raise RuntimeError if nothing can be trained now, before a bucket that another rank has sent waits for it."""
+        self.forbid(action)
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                f"{action} in torch.inference_mode() (rank {self._reducer.comm.rank}), where no tensor that is trained "
+                "can be written: leave it first, or use torch.no_grad() instead"
+            )
+
     def _require_idle(self, action: str) -> None:
         self.forbid(action)
         if self._reducer.tracker.busy:
@@ -47,8 +56,8 @@ class Consensus:
             )
 
     @torch.no_grad()
-    def _sync_buckets(self) -> None:
-        self._reducer.sync_buckets()
+    def _sync_buckets(self, action: str) -> None:
+        self._reducer.sync_buckets(action)
         self._reducer.forget_agreement()
 
     @contextlib.contextmanager
@@ -82,7 +91,7 @@ class Consensus:
             RuntimeError: if the virtual iterate isn't known before the wrapped optimizer steps with the residual.
         """
         reducer = self._reducer
-        self._sync_buckets()
+        self._sync_buckets(f"consensus({point!r})")
         if point == "virtual" and (pending := self._with_pending_gradients()):
             name, kind = pending[0].bucket.layout.names[0], type(reducer.optimizer).__name__
             raise RuntimeError(
@@ -123,7 +132,7 @@ class Consensus:
         if not reducer.comm.member:
             return
         self._require_idle("flush()")
-        self._sync_buckets()
+        self._sync_buckets("flush()")
         stepping = self._with_pending_gradients()
         for state in reducer.states:
             if state not in stepping and (target := self._target(state, "virtual")) is not None:
@@ -142,7 +151,7 @@ class Consensus:
         if not reducer.comm.member:
             return
         self._require_idle("adopt_parameters()")
-        self._sync_buckets()
+        self._sync_buckets("adopt_parameters()")
         for state in reducer.states:
             # In float64 the mean of equal numbers is that number.
             mean = reducer.comm.allreduce(state.bucket.copy_of_params().double(), f"{state.bucket.name}.adopted")

@@ -7,6 +7,7 @@ from typing import Any, Iterable, Optional
 import torch
 from torch.nn import Parameter
 
+from hvd_compress import validation
 from hvd_compress.comm.communicator import (
     Adasum,
     Average,
@@ -67,6 +68,7 @@ def DistributedOptimizer(
     arguments.check_process_set(process_set)
     algorithm = arguments.algorithm_of(compression)
     arguments.check_reduction(op, gradient_predivide_factor, backward_passes_per_step)
+    validation.boolean("DistributedOptimizer", "sparse_as_dense", sparse_as_dense)
     groups = arguments.resolve_groups(num_groups, groups)
     if op == Adasum:
         horovods = arguments.adasum_compression(compression)
@@ -84,7 +86,8 @@ def DistributedOptimizer(
         )
     base = type(optimizer)
     names = arguments.parameter_names(optimizer, named_parameters)
-    arguments.refuse_complex((p for group in optimizer.param_groups for p in group["params"]), names)
+    arguments.require_exchangeable((p for group in optimizer.param_groups for p in group["params"]), names)
+    arguments.require_known(groups, names)
     namespace = {k: v for k, v in vars(DistributedMethods).items() if k not in ("__dict__", "__weakref__")}
     # Horovod's broadcast_optimizer_state knows by this module name that it must initialise a state with
     # the step() of the class that this one derives from, without communication.

@@ -19,22 +19,12 @@ from hvd_compress.engine.autograd_hooks import no_compile
 from hvd_compress.engine.gradient_reducer import GradientReducer
 from hvd_compress.engine.reducer import Reducer
 from hvd_compress.engine.update_reducer import UpdateReducer
-from hvd_compress.optimizer import arguments, checkpoint, elastic
+from hvd_compress.optimizer import arguments, checkpoint, elastic, messages
 from hvd_compress.optimizer.consensus import Consensus
 from hvd_compress.optimizer.copies import copied, ours_of
 from hvd_compress.optimizer.saved_state import KEY
 from hvd_compress.optimizer.scaled_step import ScaledStep
 from hvd_compress.telemetry import Stats
-
-_STEP_AFTER_SYNCHRONIZE = (
-    "optimizer.step() called without optimizer.skip_synchronize() context after optimizer.synchronize(). This can "
-    "cause training slowdown. You may want to consider using optimizer.skip_synchronize() context if you use "
-    "optimizer.synchronize() in your code."
-)
-_ZERO_GRAD_TOO_EARLY = (
-    "optimizer.zero_grad() was called after loss.backward() but before optimizer.step() or optimizer.synchronize(). "
-    "This is prohibited as it can cause a race condition."
-)
 
 
 class DistributedMethods(torch.optim.Optimizer):
@@ -94,7 +84,7 @@ class DistributedMethods(torch.optim.Optimizer):
         What is remembered between steps changes only in ``step()``. If the gradients are thrown away instead
         (``zero_grad()``, or new ones take their place), everything is as if they had not been.
         """
-        self._consensus.forbid("synchronize()")
+        self._consensus.require_training("synchronize()")
         reducer = self._reducer
         # Once more without a step: only if there are new gradients, on any rank.
         if self._synchronized and not (reducer.comm.member and reducer.comm.any_rank(reducer.has_new_gradients())):
@@ -121,15 +111,25 @@ class DistributedMethods(torch.optim.Optimizer):
                 runs, and what it returns is averaged over ranks, so that optimizers that look at the loss
                 decide alike everywhere. Algorithms that exchange updates (DEF) leave both local: the wrapped
                 optimizer searches along this rank's own loss, and what it has subtracted in the end is exchanged.
+
+        Raises:
+            ValueError: if ``closure`` cannot be called.
+            RuntimeError: inside ``consensus()``, or inside ``skip_synchronize()`` without a ``synchronize()`` before.
+            FloatingPointError: on every rank, if a rank's gradient holds an infinity or nan and the algorithm has
+                ``nonfinite="raise"``.
         """
-        self._consensus.forbid("step()")
+        self._consensus.require_training("step()")
         reducer = self._reducer
+        arguments.check_closure(closure)
         reducer.has_closure = closure is not None
         if closure is not None:
             closure = reducer.wrap_closure(closure)
-        elif self._should_synchronize:
+        elif not self._should_synchronize:
+            if reducer.tracker.counts_passes and not self._synchronized:
+                raise RuntimeError(messages.SKIPPED_TOO_EARLY.format(rank=reducer.comm.rank))
+        else:
             if self._synchronized and not reducer.has_new_gradients():
-                warnings.warn(_STEP_AFTER_SYNCHRONIZE, stacklevel=2)
+                warnings.warn(messages.STEP_AFTER_SYNCHRONIZE, stacklevel=2)
             self.synchronize()
         self._synchronized = False
         self._original._opt_called = True  # type: ignore[attr-defined]
@@ -155,7 +155,7 @@ class DistributedMethods(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Do torch's ``zero_grad``; AssertionError between ``backward()`` and ``step()``/``synchronize()``."""
         if self._reducer.tracker.busy:
-            raise AssertionError(_ZERO_GRAD_TOO_EARLY)
+            raise AssertionError(messages.ZERO_GRAD_TOO_EARLY)
         if self._synchronized:
             self._reducer.discard_step()
             self._synchronized = False
@@ -170,7 +170,7 @@ class DistributedMethods(torch.optim.Optimizer):
         added = self.param_groups[index]["params"]
         names = {parameter: f"allreduce.noname.{index}.{j}" for j, parameter in enumerate(added)}
         try:
-            arguments.refuse_complex(added, names)
+            arguments.require_exchangeable(added, names)
         except ValueError:
             self.param_groups.pop()
             raise
@@ -232,7 +232,7 @@ class DistributedMethods(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a ``state_dict()`` of this rank; a plain torch state empties the residuals."""
         self._consensus.forbid("load_state_dict()")
-        self._checkpoint.require_format(state_dict)
+        self._checkpoint.require_readable(state_dict)
         self._synchronized, self._should_synchronize, self._scaled_step.overflowed = False, True, False
         self._reducer.set_passes(self._reducer.tracker.passes)
         self._hvd_base.load_state_dict(self, self._checkpoint.to_torch_state(state_dict))

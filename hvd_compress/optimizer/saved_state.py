@@ -7,7 +7,6 @@ from typing import Any, Mapping, Optional, Sequence
 import torch
 from torch import Tensor
 
-from hvd_compress.algorithms.base import State
 from hvd_compress.algorithms.bucket_state import SavedParameter
 from hvd_compress.algorithms.residual_update import detached_point
 
@@ -18,19 +17,6 @@ FORMAT = 3
 def find_bucket(identity: Mapping[str, Any], buckets: Sequence[Mapping[str, Any]]) -> Optional[Mapping[str, Any]]:
     """Return the saved bucket of this algorithm and these parameters, or None."""
     return next((bucket for bucket in buckets if all(bucket[k] == v for k, v in identity.items())), None)
-
-
-def require_same_shapes(states: Sequence[State], buckets: Sequence[Mapping[str, Any]]) -> None:
-    """Raise ValueError, before anything changes, if a parameter has another shape in the saved state."""
-    shapes = {n: p.shape for state in states for n, p in zip(state.bucket.layout.names, state.bucket.parameters)}
-    for bucket in buckets:
-        for kind in {"shared", "local", "residual", "carried"} & set(bucket["state"]["buffers"]):
-            for name, view in zip(bucket["names"], bucket["state"]["buffers"][kind]):
-                if view.shape != shapes.get(name, view.shape):
-                    raise ValueError(
-                        f"load_state_dict: {kind} of parameter {name!r} has shape {tuple(view.shape)} in the saved "
-                        f"state and {tuple(shapes[name])} here; load a state of the same model"
-                    )
 
 
 def with_numbers(bucket: Mapping[str, Any], brought: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

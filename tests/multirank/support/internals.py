@@ -6,12 +6,13 @@ A change of the package's private names, or of the layout of ``state_dict()["hvd
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import Any, Iterator
+from typing import Any, Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from hvd_compress import native
+from hvd_compress.comm import communicator
 from tests.multirank.support import reference
 
 # -- residuals and shared models, from a saved state ----------------------------------------------------
@@ -101,6 +102,18 @@ def local_steps_done(optimizer: Any) -> int:
 # -- changes of a saved state ------------------------------------------------------------------------------
 
 
+def section_of(state: dict[str, Any]) -> dict[str, Any]:
+    """Return our part of a state."""
+    section: dict[str, Any] = state["hvd_compress"]
+    return section
+
+
+def bucket_of(section: dict[str, Any]) -> dict[str, Any]:
+    """Return the first bucket of our part of a state."""
+    bucket: dict[str, Any] = section["buckets"][0]
+    return bucket
+
+
 def set_step_count(state: dict[str, Any], count: int) -> None:
     """Let a state be of another step."""
     state["hvd_compress"]["step"] = count
@@ -126,6 +139,11 @@ def set_residual(state: dict[str, Any], name: str, value: Tensor) -> None:
 # -- buckets and exchanges ---------------------------------------------------------------------------------
 
 
+def optimizers_so_far() -> int:
+    """Return how many optimizers this rank has built, of which the names of collectives depend."""
+    return sum(communicator._opened.values())
+
+
 def first_bucket_state(optimizer: Any) -> Any:
     """Return the algorithm's state of the first bucket."""
     return optimizer._reducer.states[0]
@@ -146,6 +164,18 @@ def message_lengths(optimizer: Any) -> tuple[list[int], list[int]]:
     """Return DistEF's bytes per message to each rank's shard, and from it."""
     exchange = first_exchange(optimizer)
     return exchange._sent.lengths, exchange._answers.lengths
+
+
+def before_next_round(optimizer: Any, act: Callable[[], None]) -> None:
+    """Let ``act`` be called in every exchange, once all of its buckets have been launched."""
+    state = first_bucket_state(optimizer)
+    original = state.next_round
+
+    def acts() -> None:
+        act()
+        original()
+
+    state.next_round = acts
 
 
 @contextmanager
