@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hvd_compress.algorithms.base import GradientAlgorithm, nonfinite_policy
 from hvd_compress.algorithms.bucket_state import Rate, SavedParameter
-from hvd_compress.algorithms.gradient_state import GradientState
+from hvd_compress.algorithms.gradient_state import SMALL, GradientState
 from hvd_compress.bucket import Bucket, FlatBuffer
 from hvd_compress.compressors import Cast, Compressor, Identity
 from hvd_compress.exchange import Context, FlatAllreduce
@@ -82,6 +82,8 @@ class _DenseState(GradientState):
         self._accumulated: set[int] = set()
 
     def accumulate_grad(self, index: int, gradient: Tensor, rate: Rate) -> Optional[Tensor]:
+        if gradient.numel() < SMALL:
+            return None
         view = self.out.views[index]
         self._accumulated.add(index)
         if gradient.data_ptr() == view.data_ptr():

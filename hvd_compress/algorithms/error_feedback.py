@@ -11,7 +11,7 @@ from torch import Tensor
 from hvd_compress import validation
 from hvd_compress.algorithms.base import GradientAlgorithm, nonfinite_policy, require_combining
 from hvd_compress.algorithms.bucket_state import Rate
-from hvd_compress.algorithms.gradient_state import GradientState
+from hvd_compress.algorithms.gradient_state import SMALL, GradientState
 from hvd_compress.bucket import Bucket, FlatBuffer
 from hvd_compress.compressors import Combine, Compressor, Identity
 from hvd_compress.exchange import Context, ExchangeSchedule
@@ -80,7 +80,9 @@ class _EFState(GradientState):
         return self._ratio
 
     def accumulate_grad(self, index: int, gradient: Tensor, rate: Rate) -> Optional[Tensor]:
-        """Compute ``p = g + ratio * e`` for one parameter."""
+        """Compute ``p = g + ratio * e`` for one parameter; small ones are left to ``start``, all together."""
+        if gradient.numel() < SMALL:
+            return None
         ratio, out = self._begin_step(rate), self._compensated.views[index]
         if self._loss_scale != 1.0:
             torch.mul(gradient, 1.0 / self._loss_scale, out=out)

@@ -14,6 +14,8 @@ from hvd_compress.comm.communicator import Communicator
 
 # With momentum the residual of gradients grows this many times at most when the learning rate falls.
 FALL = 10.0
+# Elements below which the call of an operation during backward costs more than the memory traffic that it saves.
+SMALL = 2**13
 
 
 class GradientState(BucketState):

@@ -6,13 +6,18 @@ from dataclasses import dataclass
 from typing import Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from hvd_compress.compressors.base import Compressor, Payload, SummableCodec
 from hvd_compress.compressors.counter_rng import draw, tensor_key
+from hvd_compress.compressors.index_codec import IndexCodec
 from hvd_compress.compressors.layout import Layout
 from hvd_compress.compressors.selection import SelectionCodec, check_density_and_seed, sent_count
+
+# From so many tensors on, with blocks shorter than this on average, an index is faster than a view of each block.
+MANY, SHORT = 256, 64
 
 
 @dataclass(frozen=True)
@@ -71,30 +76,65 @@ class RandomBlock(Compressor):
         return out.view(payload.shape)
 
     def codec(self, layout: Layout, dtype: torch.dtype, device: torch.device) -> SummableCodec:
-        return _RandomBlockCodec(self, layout, dtype)
+        blocks = _Blocks(self, layout)
+        if len(layout.numels) >= MANY and blocks.lengths.sum() < SHORT * len(layout.numels):
+            return _ShortBlocksCodec(blocks, layout, dtype, device)
+        return _RandomBlockCodec(blocks, layout, dtype)
+
+
+class _Blocks:
+    """The random draw for all tensors of a layout at once, in numpy.
+
+    Attributes:
+        numels: number of elements of each tensor.
+        lengths: length of each one's block.
+    """
+
+    def __init__(self, config: RandomBlock, layout: Layout) -> None:
+        self.numels = np.array(layout.numels, dtype=np.int64)
+        self.lengths = np.array([sent_count(n, config.density) for n in layout.numels], dtype=np.int64)
+        self._keys = np.array([tensor_key(config.seed, name) for name in layout.names], dtype=np.uint64)
+        self._modulus = np.maximum(self.numels, 1).astype(np.uint64)
+
+    def starts(self, step: int) -> npt.NDArray[np.int64]:
+        """Return where each block of ``step`` begins in its tensor."""
+        return (draw(self._keys, step) % self._modulus).astype(np.int64)
+
+
+class _ShortBlocksCodec(IndexCodec):
+    """Codec for many tensors with short blocks: a view of each block would cost more than an index of its elements."""
+
+    def __init__(self, blocks: _Blocks, layout: Layout, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(layout, blocks.lengths.tolist(), dtype, device)
+        self._blocks = blocks
+        begins, lengths = np.cumsum(blocks.numels) - blocks.numels, blocks.lengths
+        self._begin, self._numel = np.repeat(begins, lengths), np.repeat(blocks.numels, lengths)
+        self._place = np.arange(self.numel) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+
+    def draw(self, step: int) -> npt.NDArray[np.int64]:
+        start = np.repeat(self._blocks.starts(step), self._blocks.lengths)
+        found: npt.NDArray[np.int64] = self._begin + (start + self._place) % self._numel
+        return found
 
 
 class _RandomBlockCodec(SelectionCodec):
-    """Codec of all blocks of a bucket at once.
+    """Codec of all blocks of a bucket at once, by views.
 
     Each tensor is cut into four runs: the end of the block that wraps, a gap, the block, the rest. So one ``split``
     of the flat vector gives every block as views, in memory order and without any index tensor or loop. Runs
     may be empty.
     """
 
-    def __init__(self, config: RandomBlock, layout: Layout, dtype: torch.dtype) -> None:
-        self._n = np.array(layout.numels, dtype=np.int64)
-        self._b = np.array([sent_count(n, config.density) for n in layout.numels], dtype=np.int64)
-        self._keys = np.array([tensor_key(config.seed, name) for name in layout.names], dtype=np.uint64)
-        self._modulus = np.maximum(self._n, 1).astype(np.uint64)
+    def __init__(self, blocks: _Blocks, layout: Layout, dtype: torch.dtype) -> None:
+        self._blocks = blocks
         self._runs: list[int] = []
-        super().__init__(layout, int(self._b.sum()), dtype)
+        super().__init__(layout, int(blocks.lengths.sum()), dtype)
 
     def set_step(self, step: int) -> None:
-        start = (draw(self._keys, step) % self._modulus).astype(np.int64)
-        wrapped = np.maximum(start + self._b - self._n, 0)
-        body = self._b - wrapped
-        runs = np.stack((wrapped, start - wrapped, body, self._n - start - body), axis=1)
+        start, n, b = self._blocks.starts(step), self._blocks.numels, self._blocks.lengths
+        wrapped = np.maximum(start + b - n, 0)
+        body = b - wrapped
+        runs = np.stack((wrapped, start - wrapped, body, n - start - body), axis=1)
         self._runs = runs.ravel().tolist()
 
     def select(self, tensors: Sequence[Tensor]) -> list[Tensor]:

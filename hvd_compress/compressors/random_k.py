@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Sequence
+from typing import Sequence
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from hvd_compress.compressors.base import Compressor, SummableCodec
 from hvd_compress.compressors.counter_rng import U64, draw, mix, tensor_key
-from hvd_compress.compressors.layout import Layout, pieces
+from hvd_compress.compressors.index_codec import IndexCodec
+from hvd_compress.compressors.layout import Layout
 from hvd_compress.compressors.selection import check_density_and_seed, sent_count
 
 _I64 = npt.NDArray[np.int64]
@@ -58,10 +58,6 @@ class RandomK(Compressor):
 
     def codec(self, layout: Layout, dtype: torch.dtype, device: torch.device) -> SummableCodec:
         return _RandomKCodec(self, layout, dtype, device)
-
-
-def _upload(index: npt.NDArray[Any], device: torch.device) -> Tensor:
-    return torch.from_numpy(index).to(device, non_blocking=True)
 
 
 class _Coordinates:
@@ -134,40 +130,12 @@ def _wrap(value: U64, modulus: U64) -> None:
     np.minimum(value, value - modulus, out=value)
 
 
-class _RandomKCodec(SummableCodec):
-    """Codec of all tensors of a bucket by one index into its flat vector, drawn by ``set_step``."""
-
-    is_sparsifier = True
-    data_independent = True
+class _RandomKCodec(IndexCodec):
+    """Codec of coordinates drawn by ``_Coordinates``."""
 
     def __init__(self, config: RandomK, layout: Layout, dtype: torch.dtype, device: torch.device) -> None:
-        self.dtype = dtype
-        self._coordinates, self._device = _Coordinates(config, layout), device
-        self._counts = self._coordinates.counts
-        self.numel = sum(self._counts)
-        self._index = torch.zeros(self.numel, dtype=torch.int64, device=device)
-        self._tensor = _upload(self._coordinates.tensor, device)
-        self._offsets = _upload(self._coordinates.offsets, device)
+        self._coordinates = _Coordinates(config, layout)
+        super().__init__(layout, self._coordinates.counts, dtype, device)
 
-    def set_step(self, step: int) -> None:
-        self._index = _upload(self._coordinates.draw(step), self._device)
-
-    def encode(self, flat: Tensor, payload: Tensor) -> None:
-        torch.index_select(flat, 0, self._index, out=payload)
-
-    def accumulate(self, payload: Tensor, flat: Tensor, alpha: float) -> None:
-        flat.index_add_(0, self._index, payload, alpha=alpha)
-
-    def subtract_sent(self, payload: Tensor, flat: Tensor) -> None:
-        self.clear(payload, flat)  # equal for finite values, and a nan that was sent does not remain
-
-    def write(self, payload: Tensor, flat: Tensor) -> None:
-        flat.index_copy_(0, self._index, payload)
-
-    def clear(self, payload: Tensor, flat: Tensor) -> None:
-        flat.index_fill_(0, self._index, 0.0)
-
-    def write_tensors(self, payload: Tensor, tensors: Sequence[Tensor]) -> None:
-        index = self._index - self._offsets.index_select(0, self._tensor)
-        for tensor, chosen, values in zip(tensors, pieces(index, self._counts), pieces(payload, self._counts)):
-            tensor.index_copy_(0, chosen, values.to(tensor.dtype))
+    def draw(self, step: int) -> _I64:
+        return self._coordinates.draw(step)

@@ -262,6 +262,7 @@ class GradientReducer(Reducer):
 
     def reset_pass_counts(self) -> None:
         super().reset_pass_counts()
+        self._rates.forget()
         self._started, self._complete = set(), []
         self._ready = [0] * len(self.states)
 

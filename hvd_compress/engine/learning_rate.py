@@ -57,7 +57,7 @@ class RatesInBackward:
     """
 
     def __init__(self) -> None:
-        self._used: dict[int, float] = {}
+        self._used: dict[int, Rate] = {}  # of this step, by bucket
         self._lr_set_late = False
 
     def rate_in_backward(
@@ -66,12 +66,16 @@ class RatesInBackward:
         """Return the rate of bucket ``index`` for work during backward; None if that must wait for the step."""
         if self._lr_set_late and state.has_residual:
             return None
-        rate = rate_of(optimizer, state.bucket, scaler)
-        self._used[index] = rate.lr
-        return rate
+        if index not in self._used:
+            self._used[index] = rate_of(optimizer, state.bucket, scaler)
+        return self._used[index]
 
     def note_step_rate(self, optimizer: torch.optim.Optimizer, states: Sequence[GradientState]) -> None:
         """Compare the rates that backward has used with those of the step."""
-        for index, lr in self._used.items():
-            self._lr_set_late |= learning_rate(optimizer, states[index].bucket) != lr
+        for index, rate in self._used.items():
+            self._lr_set_late |= learning_rate(optimizer, states[index].bucket) != rate.lr
+        self._used.clear()
+
+    def forget(self) -> None:
+        """Forget the rates of a step that was given up."""
         self._used.clear()
