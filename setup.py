@@ -47,6 +47,8 @@ setup(
     extras_require={
         "examples": examples,
         "test": test,
+        # Not a part of "test": it has no wheel for every Python.
+        "fuzz": ["atheris>=2.3"],
         # Releases of ruff format differently: this is the one that formatted the sources.
         "dev": [*test, "ruff>=0.17,<0.18", "mypy>=1.10"],
     },

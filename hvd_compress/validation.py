@@ -47,6 +47,15 @@ def positive(owner: str, argument: str, value: Any) -> None:
         raise ValueError(f"{owner}: {argument}={value!r} is not allowed; it must be a finite number > 0")
 
 
+def payload_size(owner: str, found: tuple[int, ...], dtype: Any, numel: int, wanted: Any) -> None:
+    """Raise ValueError unless a payload's shape ``found`` is (numel,) and its dtype is ``wanted``."""
+    if found != (numel,) or dtype != wanted:
+        raise ValueError(
+            f"{owner}: a payload of shape {tuple(found)} and dtype {dtype} is not allowed; it must have {numel} "
+            f"elements of {wanted}"
+        )
+
+
 def _positive(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) < math.inf
 

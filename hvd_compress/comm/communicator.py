@@ -1,20 +1,22 @@
-"""Horovod's collectives: asynchronous, named, counted. The only file that imports ``horovod.torch``."""
+"""Horovod's collectives: asynchronous, named, counted."""
 
 from __future__ import annotations
 
-import atexit
 import contextlib
-import math
 import os
-import pickle
-import sys
 import time
 import weakref
-from typing import Any, Callable, Iterator, NamedTuple, Optional
+from typing import Any, Callable, Iterator, NamedTuple
 
 import horovod.torch as hvd
 import torch
 from torch import Tensor
+
+from hvd_compress.comm import plain_values
+from hvd_compress.comm.handle import Handle as Handle
+from hvd_compress.comm.handle import HorovodInternalError as HorovodInternalError
+from hvd_compress.comm.handle import time_limit
+from hvd_compress.comm.handle import uses_mpi as uses_mpi
 
 Adasum, Average, Max, Sum = hvd.Adasum, hvd.Average, hvd.Max, hvd.Sum
 Compression = hvd.Compression
@@ -22,16 +24,9 @@ ProcessSet = hvd.ProcessSet
 global_process_set = hvd.global_process_set
 horovod_optimizer = hvd.DistributedOptimizer
 
-HorovodInternalError = hvd.HorovodInternalError
-
 RANKS_JOINED = (
     "a rank has called hvd.join(), after which only an allreduce works: give all ranks the same number of steps, or "
     "use an algorithm whose payloads are summed, such as EF or DEF with RandomBlock"
-)
-
-TOO_LATE = (
-    "no answer from another rank within {seconds:g} seconds (HVD_COMPRESS_TIMEOUT_SECONDS): it has stopped, is far "
-    "slower, or is not in this method"
 )
 
 # By the object: Horovod gives the number of a process set that was removed to the next one, of other ranks.
@@ -69,11 +64,6 @@ def on_elastic_commit(kind: type, commit: Callable[[Any], None]) -> None:
     state.set_handler_registry([(kind, Handler), *state.get_handler_registry()])
 
 
-def uses_mpi() -> bool:
-    """Return True if this job's Horovod communicates by MPI, so that mpi4py can be used beside it."""
-    return bool(hvd.mpi_enabled())
-
-
 class Reduction(NamedTuple):
     """A way of combining ranks, in Horovod's terms.
 
@@ -93,72 +83,6 @@ def _require_writable(tensor: Tensor, name: str) -> None:
             f"{name} (rank {hvd.rank()}): a collective in torch.inference_mode(), or of a tensor made in it or that "
             "requires a gradient: use torch.no_grad() instead"
         )
-
-
-def time_limit() -> float:
-    """Return the seconds that a rank waits for a collective: HVD_COMPRESS_TIMEOUT_SECONDS, or infinity.
-
-    Raises:
-        ValueError: if the variable is no number > 0.
-    """
-    text = os.environ.get("HVD_COMPRESS_TIMEOUT_SECONDS", "")
-    try:
-        seconds = float(text or "inf")
-    except ValueError:
-        seconds = math.nan
-    if not seconds > 0:
-        raise ValueError(f"HVD_COMPRESS_TIMEOUT_SECONDS={text!r} is not allowed; it must be a number of seconds > 0")
-    return seconds
-
-
-def _leave() -> None:
-    """End this process: Horovod's own end would wait in MPI, without a limit, for the rank that has stopped."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(1)
-
-
-class Handle:
-    """A collective that has been launched; in-place collectives also put the result into their tensor.
-
-    Args:
-        handle: Horovod's handle; None if the result is there already.
-        result: what ``wait`` returns in that case.
-        comm: the communicator that counts the seconds waited.
-        what: the collective, for messages.
-    """
-
-    def __init__(
-        self, handle: Optional[int] = None, result: Any = None, comm: Optional[Communicator] = None, what: str = ""
-    ) -> None:
-        self._handle, self._result, self._comm, self._what = handle, result, comm, what
-
-    def done(self) -> bool:
-        """Return True if ``wait`` would return at once."""
-        return self._handle is None or bool(hvd.poll(self._handle))
-
-    def wait(self) -> Any:
-        """Block until the collective is done, leaving the processor to others, and return its result.
-
-        Raises:
-            HorovodInternalError: if a peer has failed, has called ``hvd.join()`` and this is no allreduce, or has not
-                come within the time limit.
-        """
-        if self._handle is None or self._comm is None:
-            return self._result
-        handle, self._handle = self._handle, None
-        with self._comm.waiting(), self._comm.explaining(self._what):
-            # hvd.synchronize spins, which slows down ranks that share a core and Horovod's own thread.
-            pause, latest = 2e-5, time.monotonic() + self._comm.time_limit
-            while not hvd.poll(handle):
-                if time.monotonic() > latest:
-                    if uses_mpi():
-                        atexit.register(_leave)
-                    raise HorovodInternalError(TOO_LATE.format(seconds=self._comm.time_limit))
-                time.sleep(pause)
-                pause = min(pause * 1.5, 2e-4)
-            self._result = hvd.synchronize(handle)
-        return self._result
 
 
 class Communicator:
@@ -285,26 +209,24 @@ class Communicator:
         return Handle(handle, comm=self, what=what)
 
     def gather_objects(self, value: Any, name: str) -> list[Any]:
-        """Return every rank's ``value`` (picklable), in rank order, on every rank."""
-        if self.size == 1:
-            return [value]
-        data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+        """Return every rank's ``value``, in rank order, on every rank (collective).
+
+        Args:
+            value: plain values, see ``plain_values.encode``.
+            name: start of the names of the two collectives.
+
+        Raises:
+            TypeError: on every rank, if a rank has a value that cannot be sent.
+            RuntimeError: on every rank, if what a rank has sent is malformed.
+        """
+        data = torch.frombuffer(bytearray(plain_values.message_of(value)), dtype=torch.uint8)
         lengths = self.allgather(torch.tensor([data.numel()], device="cpu"), f"{name}.length").tolist()
-        parts = torch.split(self.allgather(data, f"{name}.data"), lengths)
-        return [pickle.loads(part.numpy().tobytes()) for part in parts]
-
-    def sparse_allreduce_async(self, tensor: Tensor, name: str, op: int) -> Callable[[], Tensor]:
-        """Start to sum or average sparse COO tensors by allgather; call the result to wait for the aggregate."""
-        if self.size == 1:
-            return lambda: tensor
-        tensor = tensor.coalesce()
-        # Gathered along the first dimension, which is the second of indices.
-        indices = self.allgather_async(tensor.indices().t().contiguous(), f"{name}.indices")
-        values = self.allgather_async(tensor.values(), f"{name}.values")
-
-        def wait() -> Tensor:
-            summands = values.wait() / (self.size if op == Average else 1)
-            # Adding duplicates is not deterministic on an accelerator: sum them here, so that all ranks agree.
-            return torch.sparse_coo_tensor(indices.wait().t(), summands, tensor.shape).coalesce()
-
-        return wait
+        received = self.allgather(data, f"{name}.data")
+        if len(lengths) != self.size or min(lengths) < 1 or sum(lengths) != received.numel():
+            raise RuntimeError(
+                f"{name}: corrupted lengths {lengths} of what ranks 0 to {self.size - 1} have sent, {received.numel()} "
+                f"bytes in all (seen by rank {self.rank})"
+            )
+        parts = [part.numpy().tobytes() for part in torch.split(received, lengths)]
+        reader = f"{name} (seen by rank {self.rank})"
+        return [plain_values.value_of(part, sender, reader) for sender, part in enumerate(parts)]

@@ -1,13 +1,15 @@
 """Trees of pairwise messages: log2(P) rounds, any number of ranks. The only file that imports ``mpi4py``.
 
-They run beside Horovod in one job, in an MPI communicator of their own. Horovod's background thread calls MPI too,
+They run beside Horovod in one job, in an MPI communicator of their own. Only buffers travel: mpi4py's methods with
+lower-case names would pickle what they send, and run what they receive. Horovod's background thread calls MPI too,
 so MPI must have been initialised for several threads, which Horovod does.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from typing import Any, Callable
+from typing import Any, Callable, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -71,13 +73,32 @@ class Tree:
         self._comm.bytes_sent += data.nbytes
 
     def _receive(self, data: Array, source: int) -> None:
-        with self._comm.waiting():
-            self._mpi.Recv(data, source=source)
+        with self._comm.waiting(), self._full(data, source) as status:
+            self._mpi.Recv(data, source=source, status=status)
 
     def _swap(self, data: Array, other: Array, partner: int) -> None:
-        with self._comm.waiting():
-            self._mpi.Sendrecv(data, dest=partner, recvbuf=other, source=partner)
+        with self._comm.waiting(), self._full(other, partner) as status:
+            self._mpi.Sendrecv(data, dest=partner, recvbuf=other, source=partner, status=status)
         self._comm.bytes_sent += data.nbytes
+
+    @contextlib.contextmanager
+    def _full(self, data: Array, source: int) -> Iterator[Any]:
+        """Give a status for a message that is received inside, and raise RuntimeError unless it fills ``data``.
+
+        This rank ends with that, and the job with it, as with any rank that fails.
+        """
+        from mpi4py import MPI
+
+        status = MPI.Status()
+        wanted = f"where {data.nbytes} bytes are expected (seen by rank {self.rank})"
+        try:
+            yield status
+        except MPI.Exception as error:
+            if error.Get_error_class() != MPI.ERR_TRUNCATE:
+                raise
+            raise RuntimeError(f"corrupted message from rank {source}: it is longer, {wanted}") from error
+        if (count := status.Get_count(MPI.BYTE)) != data.nbytes:
+            raise RuntimeError(f"corrupted message from rank {source}: {count} bytes {wanted}")
 
     def allreduce(self, values: Array) -> None:
         """Sum ``values`` over ranks, in place: log2(P) rounds in which each rank sends everything once.
@@ -102,12 +123,12 @@ class Tree:
         if self.rank + core < self.size:
             self._send(values, self.rank + core)
 
-    def reduce(self, message: Array, merge: Callable[[Array, Array], Array]) -> Array:
+    def reduce(self, message: Array, merge: Callable[[Array, Array, int], Array]) -> Array:
         """Merge the ranks' messages, all of one size, in a binomial tree; every rank gets the outcome.
 
         Args:
             message: bytes of this rank.
-            merge: (mine, the partner's) to one message; called on the ranks where branches meet.
+            merge: (mine, the partner's, the partner's rank) to one message; called on the ranks where branches meet.
         """
         distance = 1
         while distance < self.size:
@@ -117,7 +138,7 @@ class Tree:
             if self.rank + distance < self.size:
                 other = np.empty_like(message)
                 self._receive(other, self.rank + distance)
-                message = merge(message, other)
+                message = merge(message, other, self.rank + distance)
             distance *= 2
         return self._broadcast(message)
 

@@ -11,11 +11,12 @@ import abc
 import enum
 import functools
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Iterator, Sequence, Union
+from typing import Any, ClassVar, Iterator, Optional, Sequence, Union
 
 import torch
 from torch import Tensor
 
+from hvd_compress import validation
 from hvd_compress.compressors.layout import Layout
 
 
@@ -86,6 +87,22 @@ class Codec(abc.ABC):
     def clear(self, payload: Tensor, flat: Tensor) -> None:
         """Set the coordinates of ``flat`` that ``payload`` has values of to zero; implemented by sparsifiers."""
         raise NotImplementedError(f"{type(self).__name__} sends something of every coordinate")
+
+    def flaw(self, payload: Tensor) -> Optional[str]:
+        """Return what is wrong with a payload of ``numel`` elements from another rank, in the host's memory, or None.
+
+        Override it, and ``disarm``, where a payload says which coordinates it has values of: they index memory. Values
+        are not judged, whether they are finite or not.
+        """
+        return None
+
+    def disarm(self, payloads: Tensor) -> Optional[Tensor]:
+        """Set payloads (ranks, ``numel``) from other ranks to zero where they are flawed, without waiting for a device.
+
+        Returns:
+            bool (ranks), True where a payload was flawed; None if there is nothing to check.
+        """
+        return None
 
 
 class SummableCodec(Codec):
@@ -255,9 +272,16 @@ class Compressor(abc.ABC):
         return Payload(values, tensor.shape, tensor.dtype, {"name": name, "step": step})
 
     def decode(self, payload: Payload) -> Tensor:
-        """Return the tensor that ``payload`` represents, in its original shape and dtype."""
+        """Return the tensor that ``payload`` represents, in its original shape and dtype.
+
+        Raises:
+            ValueError: if the payload is not one of a tensor of this shape and dtype. (On an accelerator only its size
+                is checked here; whether its indices are in range, the device checks.)
+        """
         flat = torch.zeros(payload.shape.numel(), dtype=payload.dtype, device=payload.values.device)
         codec = self._codec_of_one(flat, payload.shape, payload.context["name"], payload.context["step"])
+        values = payload.values
+        validation.payload_size(type(self).__name__, values.shape, values.dtype, codec.numel, codec.dtype)
         if isinstance(codec, SummableCodec):
             codec.write(payload.values, flat)
         else:

@@ -77,8 +77,13 @@ class CountSketch(Compressor):
         return replace(super().encode(wide, name, step), dtype=tensor.dtype)
 
     def decode(self, payload: Payload) -> Tensor:
-        """Return the estimate of every coordinate."""
-        return super().decode(replace(payload, dtype=payload.values.dtype)).to(payload.dtype)
+        """Return the estimate of every coordinate.
+
+        Raises:
+            ValueError: if the payload is not one of a tensor of this shape and dtype.
+        """
+        wide = torch.promote_types(payload.dtype, torch.float32)
+        return super().decode(replace(payload, dtype=wide)).to(payload.dtype)
 
     def codec(self, layout: Layout, dtype: torch.dtype, device: torch.device) -> CountSketchCodec:
         return CountSketchCodec(self, layout, dtype, device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Sequence
+from typing import NamedTuple, Sequence
 
 import torch
 from torch import Tensor
@@ -62,19 +62,25 @@ class LowRank(Compressor):
         The power iteration starts with a Q drawn from (seed, name, step).
         """
         n, m, r = self.factors(tensor.shape)
-        context: dict[str, Any] = {"factors": (n, m, r)}
         if not r:
-            return Payload(tensor.reshape(-1).clone(), tensor.shape, tensor.dtype, context)
+            return Payload(tensor.reshape(-1).clone(), tensor.shape, tensor.dtype)
         matrix = tensor.reshape(n, m).to(torch.float64 if tensor.dtype == torch.float64 else torch.float32)
         start = counter_rng.nearly_normal(tensor_key(self.seed, f"{name}\0{step}"), (m, r), tensor.device)
         p = matrix @ start.to(matrix.dtype)
         fixed_order.orthonormalise(p.unsqueeze(0))
         q = matrix.t() @ p
-        return Payload(torch.cat((p.reshape(-1), q.reshape(-1))), tensor.shape, tensor.dtype, context)
+        return Payload(torch.cat((p.reshape(-1), q.reshape(-1))), tensor.shape, tensor.dtype)
 
     def decode(self, payload: Payload) -> Tensor:
-        """Return ``P Q^T``, or the whole tensor."""
-        n, m, r = payload.context["factors"]
+        """Return ``P Q^T``, or the whole tensor.
+
+        Raises:
+            ValueError: if the payload is not one of a tensor of this shape and dtype.
+        """
+        n, m, r = self.factors(payload.shape)
+        wide = torch.float64 if payload.dtype == torch.float64 else torch.float32
+        numel, dtype = (r * (n + m), wide) if r else (payload.shape.numel(), payload.dtype)
+        validation.payload_size("LowRank", payload.values.shape, payload.values.dtype, numel, dtype)
         if not r:
             return payload.values.to(payload.dtype).view(payload.shape)
         p, q = payload.values[: n * r].view(n, r), payload.values[n * r :].view(m, r)

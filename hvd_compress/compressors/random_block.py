@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from hvd_compress import validation
 from hvd_compress.compressors.base import Compressor, Payload, SummableCodec
 from hvd_compress.compressors.counter_rng import draw, tensor_key
 from hvd_compress.compressors.index_codec import IndexCodec
@@ -67,9 +68,20 @@ class RandomBlock(Compressor):
         return Payload(values, tensor.shape, tensor.dtype, {"start": start, "length": length})
 
     def decode(self, payload: Payload) -> Tensor:
-        """Return the block's values at their coordinates, and zeros elsewhere."""
+        """Return the block's values at their coordinates, and zeros elsewhere.
+
+        Raises:
+            ValueError: if the payload is not one of a tensor of this shape and dtype.
+        """
         out = payload.values.new_zeros(payload.shape.numel(), dtype=payload.dtype)
         start, length = payload.context["start"], payload.context["length"]
+        n, wanted = out.numel(), sent_count(out.numel(), self.density)
+        if length != wanted or not 0 <= start < max(1, n):
+            raise ValueError(
+                f"RandomBlock: start={start!r} and length={length!r} are not allowed; of {n} elements the block has "
+                f"{wanted}, and it starts in [0, {n})"
+            )
+        validation.payload_size("RandomBlock", payload.values.shape, payload.values.dtype, wanted, payload.dtype)
         head = min(length, out.numel() - start)
         out[start : start + head] = payload.values[:head]
         out[: length - head] = payload.values[head:]

@@ -67,11 +67,17 @@ class BlockSign(Compressor):
         return Payload(torch.cat((bits, scales.view(torch.uint8))), tensor.shape, tensor.dtype)
 
     def decode(self, payload: Payload) -> Tensor:
-        """Return ``scale * sign``, computed in float32 (float64 for float64) and rounded to the tensor's dtype."""
+        """Return ``scale * sign``, computed in float32 (float64 for float64) and rounded to the tensor's dtype.
+
+        Raises:
+            ValueError: if the payload is not one of a tensor of this shape.
+        """
         wide = torch.promote_types(payload.dtype, torch.float32)
         flat = payload.values.new_zeros(payload.shape.numel(), dtype=wide)
         blocks = self._blocks((flat.numel(),), wide, flat.device)
-        bits, scales = payload.values.tensor_split((blocks.nbytes,))
+        found, numel = payload.values, blocks.nbytes + 4 * blocks.count
+        validation.payload_size("BlockSign", found.shape, found.dtype, numel, torch.uint8)
+        bits, scales = found.tensor_split((blocks.nbytes,))
         # A view in another dtype must be aligned, which a clone is.
         blocks.add(bits, scales.clone().view(torch.float32), flat, 1.0)
         return flat.to(payload.dtype).view(payload.shape)

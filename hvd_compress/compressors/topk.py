@@ -12,6 +12,7 @@ from hvd_compress import validation
 from hvd_compress.compressors.base import Codec, Compressor, Payload
 from hvd_compress.compressors.layout import Layout
 from hvd_compress.compressors.selection import sent_count
+from hvd_compress.compressors.topk_places import first_misplaced, misplaced
 from hvd_compress.compressors.topk_search import HostSearch, bits_of, sampled_on_device, scan_start
 
 
@@ -66,15 +67,37 @@ class TopK(Compressor):
         return Payload(torch.cat((values.view(torch.uint8), indices.view(torch.uint8))), tensor.shape, tensor.dtype)
 
     def decode(self, payload: Payload) -> Tensor:
-        """Return the values at their indices, and zeros elsewhere."""
+        """Return the values at their indices, and zeros elsewhere.
+
+        Raises:
+            ValueError: if the payload is not one of a tensor of this shape and dtype. (On an accelerator only its size
+                is checked here; whether its indices are in range, the device checks.)
+        """
         out = payload.values.new_zeros(payload.shape.numel(), dtype=payload.dtype)
-        values, indices = payload.values.tensor_split((sent_count(out.numel(), self.density) * out.element_size(),))
+        k, found = sent_count(out.numel(), self.density), payload.values
+        validation.payload_size("TopK", found.shape, found.dtype, k * (out.element_size() + 4), torch.uint8)
         # A view in another dtype must be aligned, which clones are.
-        out.index_add_(0, indices.clone().view(torch.int32), values.clone().view(payload.dtype))
+        parts = [part.clone() for part in found.tensor_split((k * out.element_size(),))]
+        values, indices = parts[0].view(payload.dtype), parts[1].view(torch.int32)
+        if found.device.type == "cpu" and (text := flaw(values, indices, out.numel(), self.sampled)) is not None:
+            raise ValueError(text)
+        out.index_add_(0, indices, values)
         return out.view(payload.shape)
 
     def codec(self, layout: Layout, dtype: torch.dtype, device: torch.device) -> TopKCodec:
         return TopKCodec(self, layout, dtype, device)
+
+
+def flaw(values: Tensor, indices: Tensor, numel: int, sampled: bool) -> Optional[str]:
+    """Return what is wrong with the indices of a payload in the host's memory, or None."""
+    bits, mask = bits_of(values)  # numpy has no bfloat16
+    slot = first_misplaced(bits.numpy(), mask, indices.numpy(), numel, 1 + sampled)
+    if slot is None:
+        return None
+    return (
+        f"TopK: index {int(indices[slot])} in slot {slot} of {len(indices)}; indices must ascend within [0, {numel}), "
+        "and none may occur twice"
+    )
 
 
 class _Selector:
@@ -125,7 +148,7 @@ class TopKCodec(Codec):
         self._selector = _Selector(config, layout.total, device)
         self.k = self._selector.k
         self._sampled = config.sampled
-        self._dtype, self._step = dtype, 0
+        self._dtype, self._step, self._total = dtype, 0, layout.total
         self._indices_at = self.k * dtype.itemsize
         self._end = self._indices_at + self.k * 4
         self.numel = -(-self._end // 8) * 8
@@ -134,12 +157,24 @@ class TopKCodec(Codec):
         self._step = step
 
     def unpack(self, payload: Tensor) -> tuple[Tensor, Tensor]:
-        """Return views of a payload: k values in the bucket's dtype, and their int32 indices."""
-        return payload[: self._indices_at].view(self._dtype), payload[self._indices_at : self._end].view(torch.int32)
+        """Return views of a payload, or a row of them: k values in the bucket's dtype, and their int32 indices."""
+        values, indices = payload[..., : self._indices_at], payload[..., self._indices_at : self._end]
+        return values.view(self._dtype), indices.view(torch.int32)
 
     def encode(self, flat: Tensor, payload: Tensor) -> None:
         payload[self._end :].zero_()
         self._selector.select(flat, self._step, *self.unpack(payload))
+
+    def flaw(self, payload: Tensor) -> Optional[str]:
+        return flaw(*self.unpack(payload), self._total, self._sampled) if self.k else None
+
+    def disarm(self, payloads: Tensor) -> Optional[Tensor]:
+        if not self.k:
+            return None
+        values, indices = self.unpack(payloads)
+        flawed = misplaced(values, indices, self._total, 1 + self._sampled)
+        payloads.masked_fill_(flawed.unsqueeze(1), 0)
+        return flawed
 
     def accumulate(self, payload: Tensor, flat: Tensor, alpha: float) -> None:
         # The order of the additions does not matter: only unused slots of a sampled payload share an index (0), and

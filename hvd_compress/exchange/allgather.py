@@ -9,6 +9,7 @@ from hvd_compress.bucket import Bucket
 from hvd_compress.comm.communicator import Handle
 from hvd_compress.compressors.base import Codec
 from hvd_compress.exchange.base import Context, Exchange, require_countable
+from hvd_compress.exchange.received import Inspection, corruption, require_length
 
 
 class AllgatherExchange(Exchange):
@@ -22,7 +23,8 @@ class AllgatherExchange(Exchange):
         self._codec = codec
         require_countable(bucket, "payloads", codec.numel * codec.dtype.itemsize * context.comm.size)
         self._payload = torch.zeros(codec.numel, dtype=codec.dtype, device=bucket.device)
-        self._handle = Handle()
+        self._inspection = Inspection(bucket.device)
+        self._handle, self._sent = Handle(), 0
         self._payloads: tuple[Tensor, ...] = ()
 
     def set_step(self, step: int) -> None:
@@ -32,11 +34,17 @@ class AllgatherExchange(Exchange):
         self._codec.encode(flat, self._payload)
 
     def launch(self) -> None:
+        self._sent = self._payload.numel()
         self._handle = self.context.comm.allgather_async(self._payload, f"{self.name}.gather")
 
     def wait(self) -> None:
         everything: Tensor = self._handle.wait()
-        self._payloads = torch.split(everything, self._codec.numel) if self._codec.numel else ()
+        comm, numel = self.context.comm, self._codec.numel
+        require_length(comm, self.name, everything, [numel] * comm.size, self._sent)
+        rows = everything.view(comm.size, numel)
+        if flaw := self._inspection.flaw_in_rows(self._codec, rows):
+            raise corruption(comm, self.name, flaw)
+        self._payloads = rows.unbind() if numel else ()
 
     def subtract_sent(self, residual: Tensor) -> None:
         self._codec.subtract_sent(self._payload, residual)

@@ -7,7 +7,7 @@ allgather brings every rank all shards. With one bit per element that is about 2
 
 from __future__ import annotations
 
-from typing import Optional, cast
+from typing import Optional, Sequence, cast
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from hvd_compress.comm.communicator import Handle
 from hvd_compress.compressors.base import Codec, Compressor, ShardedCodec
 from hvd_compress.compressors.layout import Layout
 from hvd_compress.exchange.base import Context, Exchange, require_countable
+from hvd_compress.exchange.received import Inspection, corruption, require_length
 
 SHARD = 8  # elements: shards begin where a byte of packed bits begins
 
@@ -79,6 +80,8 @@ class ShardedServerExchange(Exchange):
         )
         self._error_factor = 1.0
         self._held: frozenset[int] = frozenset()
+        self._up_inspection, self._down_inspection = (Inspection(bucket.device) for _ in range(2))
+        self._problem, self._answered = "", 0  # what was wrong with the messages to this shard; bytes of its answer
         self._handle = Handle()
         self._received: tuple[Tensor, ...] = ()
 
@@ -101,24 +104,47 @@ class ShardedServerExchange(Exchange):
 
     def next_round(self) -> None:
         """Wait for this shard's messages, average, add the error, compress and send the result to all."""
-        received, _ = self._handle.wait()
+        me = self._rank
+        start = sum(self._answers.lengths[:me])
+        answer = self._answers.buffer[start : start + self._answers.lengths[me]]
+        messages, self._problem = self._messages_to_me()
+        if self._problem:
+            # Only this rank knows. The length of its answer tells the others, and nobody makes use of any answer.
+            answer = torch.zeros(answer.numel() + 1, dtype=torch.uint8, device=answer.device)
+        else:
+            self._answer(messages)
+        self._answered = answer.numel()
+        self._handle = self.context.comm.allgather_async(answer, f"{self.name}.down")
+
+    def _messages_to_me(self) -> tuple[Sequence[Tensor], str]:
+        """Wait for the payloads of this shard; return them, one per rank, and what is wrong with them."""
+        received, counts = self._handle.wait()
+        length, codec = self._sent.lengths[self._rank], self._up.codecs[self._rank]
+        for sender, count in enumerate(counts.tolist()):
+            if count != length:
+                return (), f"from rank {sender} to rank {self._rank}: {count} bytes where {length} are expected"
+        if not codec.numel:
+            return (), ""
+        rows = received.view(self._size, length)[:, : codec.numel * codec.dtype.itemsize].view(codec.dtype)
+        flaw = self._up_inspection.flaw_in_rows(codec, rows)
+        return rows.unbind(), f"to rank {self._rank} {flaw}" if flaw else ""
+
+    def _answer(self, messages: Sequence[Tensor]) -> None:
+        """Average the messages, add the error and form the answer of this shard."""
         me, total = self._rank, self._next_error
         torch.mul(self.error, self._error_factor, out=total)
         waiting = [view for i, view in enumerate(self._views(total)) if i in self._held] if self._held else []
         kept = [view.clone() for view in waiting]
         if waiting:
             torch._foreach_zero_(waiting)
-        for message in torch.split(received, self._sent.lengths[me]) if total.numel() else ():
-            self._up.codecs[me].accumulate(self._sent.payload_of(message, me), total, 1.0 / self._size)
+        for message in messages:
+            self._up.codecs[me].accumulate(message, total, 1.0 / self._size)
         codec, payload = self._down.codecs[me], self._answers.payloads[me]
         if payload.numel():
             codec.encode(total, payload)
             codec.subtract_sent(payload, total)
         if waiting:
             torch._foreach_copy_(waiting, kept)
-        start = sum(self._answers.lengths[:me])
-        answer = self._answers.buffer[start : start + self._answers.lengths[me]]
-        self._handle = self.context.comm.allgather_async(answer, f"{self.name}.down")
 
     def drain(self) -> None:
         self.next_round()
@@ -126,8 +152,13 @@ class ShardedServerExchange(Exchange):
 
     def wait(self) -> None:
         """Wait for all shards; from here on the exchange cannot fail any more."""
-        messages = torch.split(self._handle.wait(), self._answers.lengths)
-        self._received = tuple(self._answers.payload_of(message, j) for j, message in enumerate(messages))
+        received, comm, lengths = self._handle.wait(), self.context.comm, self._answers.lengths
+        require_length(comm, self.name, received, lengths, self._answered, self._problem)
+        messages = torch.split(received, lengths)
+        payloads = tuple(self._answers.payload_of(message, j) for j, message in enumerate(messages))
+        if flaw := self._down_inspection.flaw(self._down.codecs, payloads):
+            raise corruption(comm, self.name, flaw)
+        self._received = payloads
 
     def commit(self) -> None:
         self.error.copy_(self._next_error)

@@ -13,6 +13,7 @@ from hvd_compress.comm.mpi_tree import Tree
 from hvd_compress.compressors.count_sketch import CountSketch
 from hvd_compress.exchange.base import Context, Exchange, require_countable
 from hvd_compress.exchange.flat_allreduce import FlatAllreduce
+from hvd_compress.exchange.received import require_length
 
 
 class _SketchSum:
@@ -22,7 +23,7 @@ class _SketchSum:
         self.table, self._comm, self._name = table, context.comm, f"{name}.sketches"
         self._allreduce: Optional[FlatAllreduce] = None
         self._tree: Optional[Tree] = None
-        self._handle = Handle()
+        self._handle, self._sent = Handle(), 0
         if transport == "allreduce":
             self._allreduce = FlatAllreduce(table, f"{name}.sketch", bucket, context)
         elif transport == "tree":
@@ -35,6 +36,7 @@ class _SketchSum:
         if self._allreduce is not None:
             self._allreduce.launch()
         elif self._tree is None:
+            self._sent = self.table.numel()
             self._handle = self._comm.allgather_async(self.table, self._name)
 
     def wait(self) -> None:
@@ -46,7 +48,9 @@ class _SketchSum:
             self._tree.allreduce(host.numpy())
             self.table.copy_(host)
         elif self._comm.size > 1:
-            torch.sum(self._handle.wait().view(self._comm.size, -1), dim=0, out=self.table)
+            tables, numel = self._handle.wait(), self.table.numel()
+            require_length(self._comm, self._name, tables, [numel] * self._comm.size, self._sent)
+            torch.sum(tables.view(self._comm.size, numel), dim=0, out=self.table)
 
 
 class SketchExchange(Exchange):

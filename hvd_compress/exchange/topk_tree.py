@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Optional
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -10,6 +12,7 @@ from hvd_compress.bucket import Bucket
 from hvd_compress.comm.mpi_tree import Array, Tree
 from hvd_compress.compressors.topk import TopK, TopKCodec
 from hvd_compress.exchange.base import Context, Exchange
+from hvd_compress.exchange.received import corruption
 
 
 class TopKTreeExchange(Exchange):
@@ -38,9 +41,29 @@ class TopKTreeExchange(Exchange):
     def next_round(self) -> None:
         self._dropped = []
         merged = self._tree.reduce(self._payload.to("cpu").numpy(), self._merge)
+        self._require_sound(merged)
         self._merged = torch.from_numpy(merged).to(self.bucket.device)
 
-    def _merge(self, own: Array, other: Array) -> Array:
+    def _require_sound(self, merged: Array) -> None:
+        """Raise RuntimeError if the outcome cannot be used: on every rank, if one has found that on the way up."""
+        comm, message = self.context.comm, torch.from_numpy(merged)
+        if (sender := sender_of_mark(self._codec, message)) is not None:
+            raise corruption(comm, self.name, f"from rank {sender}: its message in the tree has indices out of place")
+        if (flaw := self._codec.flaw(message)) is not None:
+            raise corruption(comm, self.name, f"from rank {comm.rank & (comm.rank - 1)}: {flaw}")
+
+    def _merge(self, own: Array, other: Array, sender: int) -> Array:
+        # A rank that raised here would leave others waiting, so the news goes through the tree instead of the message.
+        if sender_of_mark(self._codec, torch.from_numpy(own)) is not None:
+            return own
+        message = torch.from_numpy(other)
+        if sender_of_mark(self._codec, message) is not None:
+            return other
+        if self._codec.flaw(message) is not None:
+            return mark(self._codec, sender)
+        return self._merge_sound(own, other)
+
+    def _merge_sound(self, own: Array, other: Array) -> Array:
         message, indices, sums = merge_messages(self._codec, own, other)
         self._dropped.append((torch.from_numpy(indices), torch.from_numpy(sums)))
         return message
@@ -56,6 +79,23 @@ class TopKTreeExchange(Exchange):
 
     def add_aggregate(self, target: Tensor, alpha: float) -> None:
         self._codec.accumulate(self._merged, target, alpha / self.context.comm.size)
+
+
+def mark(codec: TopKCodec, sender: int) -> Array:
+    """Return what travels in place of a message of ``sender`` that cannot be used: no bit of its values is 0."""
+    message = torch.full((codec.numel,), 255, dtype=codec.dtype, device="cpu")
+    codec.unpack(message)[1].fill_(-1 - sender)
+    return message.numpy()
+
+
+def sender_of_mark(codec: TopKCodec, message: Tensor) -> Optional[int]:
+    """Return the rank whose message could not be used, if ``message`` is a mark."""
+    if not codec.k:
+        return None
+    values, indices = codec.unpack(message)
+    if indices[0] >= 0 or (indices != indices[0]).any() or (values.view(torch.uint8) != 255).any():
+        return None
+    return -1 - int(indices[0])
 
 
 def merge_messages(codec: TopKCodec, own: Array, other: Array) -> tuple[Array, Array, Array]:

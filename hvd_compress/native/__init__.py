@@ -2,7 +2,8 @@
 
 The extensions are optional. Without a C compiler the package installs and works, but DEF's update of the residual
 takes about twice as long, and signs and count-sketches take several times as long. The environment variable
-HVD_COMPRESS_NATIVE=0 disables them.
+HVD_COMPRESS_NATIVE=0 disables them; with the path of a directory they are loaded from there, such as a build with
+sanitizers.
 """
 
 from __future__ import annotations
@@ -17,10 +18,14 @@ from typing import Any, Callable, Optional, Sequence, TypeVar
 import torch
 from torch import Tensor
 
+_CHOICE = os.environ.get("HVD_COMPRESS_NATIVE", "1")
+if os.sep in _CHOICE:
+    __path__.insert(0, _CHOICE)
+
 
 def load(name: str) -> Any:
     """Return the compiled module ``name`` of this package, or None if it is not built or disabled."""
-    if os.environ.get("HVD_COMPRESS_NATIVE", "1") != "0":
+    if _CHOICE != "0":
         with contextlib.suppress(ImportError):
             return importlib.import_module(f"hvd_compress.native.{name}")
     return None

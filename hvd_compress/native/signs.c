@@ -102,10 +102,18 @@ static Py_ssize_t block_of(const int64_t *ends, Py_ssize_t blocks, Py_ssize_t i)
     return low;
 }
 
+/* Return None, or raise ValueError if the ends of the blocks have been found not to ascend. */
+static PyObject *done(Py_ssize_t bad)
+{
+    if (bad < 0)
+        Py_RETURN_NONE;
+    return PyErr_Format(PyExc_ValueError, "ends of blocks must ascend, and the end of block %zd does not", bad);
+}
+
 static PyObject *pack(PyObject *self, PyObject *args)
 {
     unsigned long long v_at, bits_at, ends_at, sums_at;
-    Py_ssize_t blocks, start, stop;
+    Py_ssize_t blocks, start, stop, block, bad = -1;
     if (!PyArg_ParseTuple(args, "KKKKnnn", &v_at, &bits_at, &ends_at, &sums_at, &blocks, &start, &stop))
         return NULL;
     const float *v = AT(const float, v_at);
@@ -113,12 +121,16 @@ static PyObject *pack(PyObject *self, PyObject *args)
     const int64_t *ends = AT(const int64_t, ends_at);
     double *sums = AT(double, sums_at);
     Py_BEGIN_ALLOW_THREADS
-    Py_ssize_t block = block_of(ends, blocks, start);
+    block = block_of(ends, blocks, start);
     for (Py_ssize_t t = start; t < stop; t += TILE) {
         const Py_ssize_t end = stop - t < TILE ? stop : t + TILE;
         pack_bits(v + t, bits + t / 8, end - t);
-        for (Py_ssize_t i = t; i < end && block < blocks;) {
+        for (Py_ssize_t i = t; i < end && block < blocks && bad < 0;) {
             const Py_ssize_t until = ends[block] < end ? (Py_ssize_t)ends[block] : end;
+            if (until <= i) {
+                bad = block;
+                break;
+            }
             sums[block] += magnitude(v + i, until - i);
             i = until;
             block += until == ends[block];
@@ -127,13 +139,13 @@ static PyObject *pack(PyObject *self, PyObject *args)
             sched_yield();
     }
     Py_END_ALLOW_THREADS
-    Py_RETURN_NONE;
+    return done(bad);
 }
 
 static PyObject *add(PyObject *self, PyObject *args)
 {
     unsigned long long bits_at, v_at, ends_at, factors_at;
-    Py_ssize_t blocks, start, stop;
+    Py_ssize_t blocks, start, stop, block, bad = -1;
     if (!PyArg_ParseTuple(args, "KKKKnnn", &bits_at, &v_at, &ends_at, &factors_at, &blocks, &start, &stop))
         return NULL;
     const uint8_t *bits = AT(const uint8_t, bits_at);
@@ -141,11 +153,15 @@ static PyObject *add(PyObject *self, PyObject *args)
     const int64_t *ends = AT(const int64_t, ends_at);
     const float *factors = AT(const float, factors_at);
     Py_BEGIN_ALLOW_THREADS
-    Py_ssize_t block = block_of(ends, blocks, start);
+    block = block_of(ends, blocks, start);
     for (Py_ssize_t t = start; t < stop; t += YIELD_EVERY) {
         const Py_ssize_t end = stop - t < YIELD_EVERY ? stop : t + YIELD_EVERY;
-        for (Py_ssize_t i = t; i < end && block < blocks;) {
+        for (Py_ssize_t i = t; i < end && block < blocks && bad < 0;) {
             const Py_ssize_t until = ends[block] < end ? (Py_ssize_t)ends[block] : end;
+            if (until <= i) {
+                bad = block;
+                break;
+            }
             add_range(bits, v, i, until, factors[block]);
             i = until;
             block += until == ends[block];
@@ -153,7 +169,7 @@ static PyObject *add(PyObject *self, PyObject *args)
         sched_yield();
     }
     Py_END_ALLOW_THREADS
-    Py_RETURN_NONE;
+    return done(bad);
 }
 
 static PyMethodDef methods[] = {

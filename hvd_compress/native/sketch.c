@@ -11,6 +11,21 @@
 
 #define GROUP 4 /* blocks added to a row in one pass: the row is read and written a quarter as often */
 
+int hvd_compress_valid(const Sketch *s)
+{
+    if (s->n < 0 || s->columns < 1 || s->rows < 0 || s->rows > MAX_ROWS) {
+        PyErr_Format(PyExc_ValueError, "n=%zd, columns=%zd, rows=%zd are out of range", s->n, s->columns, s->rows);
+        return 0;
+    }
+    for (Index i = 0; i < s->rows * s->blocks; i++)
+        if (s->offsets[i] < 0 || s->offsets[i] >= s->columns) {
+            PyErr_Format(PyExc_ValueError, "offset %zd is %lld; it must be in [0, %zd)", i, (long long)s->offsets[i],
+                         s->columns);
+            return 0;
+        }
+    return 1;
+}
+
 /* -- sketch -------------------------------------------------------------------------------------------- */
 
 CLONES static void add_one(float *restrict row, const float *v, float sign, Index n)
@@ -62,8 +77,12 @@ static PyObject *sketch(PyObject *self, PyObject *args)
     const float *flat = AT(const float, flat_at), *signs = AT(const float, signs_at);
     const int64_t *offsets = AT(const int64_t, offsets_at);
     float *table = AT(float, table_at);
+    const Index blocks = columns > 0 ? (n + columns - 1) / columns : 0;
+    const Sketch s = {table, offsets, signs, n, columns, rows, blocks};
+    if (!hvd_compress_valid(&s))
+        return NULL;
     Py_BEGIN_ALLOW_THREADS
-    const Index whole = n / columns, blocks = (n + columns - 1) / columns;
+    const Index whole = n / columns;
     memset(table, 0, sizeof(float) * (size_t)(rows * columns));
     Index b = 0;
     for (; b + GROUP <= whole; b += GROUP) {
@@ -198,7 +217,11 @@ static PyObject *estimate(PyObject *self, PyObject *args)
     s.table = AT(const float, table);
     s.offsets = AT(const int64_t, offsets);
     s.signs = AT(const float, signs);
-    s.blocks = (s.n + s.columns - 1) / s.columns;
+    s.blocks = s.columns > 0 ? (s.n + s.columns - 1) / s.columns : 0;
+    if (!hvd_compress_valid(&s))
+        return NULL;
+    if (first < 0 || last > s.blocks)
+        return PyErr_Format(PyExc_ValueError, "blocks %zd to %zd; there are %zd", first, last, s.blocks);
     Py_BEGIN_ALLOW_THREADS
     for (Index b = first; b < last; b++) {
         const Index length = LOW(s.columns, s.n - b * s.columns);

@@ -20,6 +20,9 @@ typedef struct {
     Index n, columns, rows, blocks;
 } Sketch;
 
+/* Return True if the sizes are in range and each offset is below `columns`; else raise ValueError naming the first. */
+int hvd_compress_valid(const Sketch *s);
+
 /* Write the estimates of n elements of one block, from its element q on. */
 void hvd_compress_estimate(const Sketch *s, Index block, Index q, Index n, float *out);
 

@@ -110,14 +110,14 @@ PyObject *hvd_compress_largest(PyObject *self, PyObject *args)
     if (!PyArg_ParseTuple(args, "KKKnnnKKnn", &table, &offsets, &signs, &s.n, &s.columns, &s.rows, &indices_at,
                           &keys_at, &count, &capacity))
         return NULL;
-    if (s.rows > MAX_ROWS || count < 1 || count > s.n || capacity < count + TILE) {
-        PyErr_SetString(PyExc_ValueError, "rows, count or capacity out of range");
-        return NULL;
-    }
+    if (count < 1 || count > s.n || capacity < count + TILE)
+        return PyErr_Format(PyExc_ValueError, "count=%zd or capacity=%zd out of range", count, capacity);
     s.table = AT(const float, table);
     s.offsets = AT(const int64_t, offsets);
     s.signs = AT(const float, signs);
-    s.blocks = (s.n + s.columns - 1) / s.columns;
+    s.blocks = s.columns > 0 ? (s.n + s.columns - 1) / s.columns : 0;
+    if (!hvd_compress_valid(&s))
+        return NULL;
     int64_t *indices = AT(int64_t, indices_at);
     uint32_t *keys = AT(uint32_t, keys_at);
     Py_BEGIN_ALLOW_THREADS

@@ -67,6 +67,8 @@ class Accelerator(TorchDispatchMode):
             return func(*args)
         devices = {leaf.device for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         self.operations += DEVICE in devices
+        if func is torch.ops.aten.copy_.default and args[0].device.type == "cpu" and args[2:] == (True,):
+            return args[0]  # what a device sends without being waited for has not arrived yet
         if len(devices) > 1:
             raise HostWaits(f"{func} works on tensors of devices {sorted(map(str, devices))}")
         if DEVICE in devices and WAITING & set(func.tags):

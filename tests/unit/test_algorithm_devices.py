@@ -77,7 +77,8 @@ class GatheringCommunicator(StubCommunicator):
         assert splits.device.type == "cpu"
         assert int(splits.sum()) == tensor.numel()
         self.calls.append((name, tensor.dtype, tensor.numel(), -2))
-        return Handle(result=(torch.cat([tensor[: int(splits[0])]] * self.size), splits))
+        own = torch.full_like(splits, int(splits[0]))
+        return Handle(result=(torch.cat([tensor[: int(splits[0])]] * self.size), own))
 
 
 def attach(

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hvd_compress.compressors import Layout, RandomBlock, SummableCodec
+from hvd_compress.compressors.random_block import MANY, _Blocks, _ShortBlocksCodec
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -242,3 +243,36 @@ def test_a_tensor_is_cut_alike_in_any_bucket(layout: Layout, density: float, ste
         codec.write(payload, out)
         images.append(dict(zip(order.names, torch.split(out, list(order.numels)))))
     assert all(same_bits(images[0][name], images[1][name]) for name in layout.names)
+
+
+# -- many small tensors ----------------------------------------------------------------------------------
+
+
+@given(layouts, densities, st.integers(0, 30), st.sampled_from(DTYPES))
+def test_short_blocks_by_an_index_are_the_same(layout: Layout, density: float, step: int, dtype: torch.dtype) -> None:
+    """Whatever the number of tensors, the coordinates are those of the definition."""
+    block = RandomBlock(density)
+    views = block.codec(layout, dtype, CPU)
+    index = _ShortBlocksCodec(_Blocks(block, layout), layout, dtype, CPU)
+    flat = values((layout.total,), dtype)
+    results = []
+    for codec in (views, index):
+        codec.set_step(step)
+        assert isinstance(codec, SummableCodec)
+        payload = torch.zeros(codec.numel, dtype=dtype)
+        codec.encode(flat, payload)
+        cleared, written, added = flat.clone(), torch.zeros_like(flat), flat.clone()
+        codec.clear(payload, cleared)
+        codec.write(payload, written)
+        codec.accumulate(payload, added, 2.0)
+        tensors = [torch.zeros(n, dtype=dtype) for n in layout.numels]
+        codec.write_tensors(payload, tensors)
+        results.append((cleared, written, added, torch.cat(tensors)))
+    assert all(same_bits(a, b) for a, b in zip(*results))
+
+
+def test_the_number_of_tensors_decides() -> None:
+    small = Layout(tuple(f"p{i}" for i in range(MANY)), (8,) * MANY)
+    assert isinstance(RandomBlock(0.5).codec(small, torch.float32, CPU), _ShortBlocksCodec)
+    for other in (Layout(("w",), (MANY * 8,)), Layout(small.names, (10**4,) * MANY)):
+        assert not isinstance(RandomBlock(0.5).codec(other, torch.float32, CPU), _ShortBlocksCodec)

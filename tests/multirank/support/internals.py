@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from hvd_compress import native
 from hvd_compress.comm import communicator
+from hvd_compress.compressors.topk import TopKCodec
+from hvd_compress.exchange import ShardedServerExchange, TopKTreeExchange
 from tests.multirank.support import reference
 
 # -- residuals and shared models, from a saved state ----------------------------------------------------
@@ -153,6 +155,59 @@ def first_exchange(optimizer: Any) -> Any:
     """Return the exchange of the first bucket."""
     state = first_bucket_state(optimizer)
     return state.exchange if hasattr(state, "exchange") else state._exchange
+
+
+def corrupt(optimizer: Any, change: Callable[[Tensor], Any]) -> None:
+    """Let ``change`` work on the indices (int32) of what this rank sends of top-k payloads from now on."""
+    exchange, comm = first_exchange(optimizer), optimizer._reducer.comm
+    if isinstance(exchange, TopKTreeExchange):
+        encode = exchange.encode
+        exchange.encode = lambda flat: (encode(flat), change(exchange._codec.unpack(exchange._payload)[1]))  # type: ignore
+        return
+    allgather_async, alltoall_async = comm.allgather_async, comm.alltoall_async
+
+    def changed(tensor: Tensor, codecs: list[Any], lengths: list[int]) -> Tensor:
+        tensor = tensor.clone()
+        for codec, message in zip(codecs, torch.split(tensor, lengths)):
+            if isinstance(codec, TopKCodec):
+                change(codec.unpack(message)[1])
+        return tensor
+
+    def allgather(tensor: Tensor, name: str) -> Any:
+        if name.endswith((".gather", ".down")):
+            codec = exchange._codec if name.endswith(".gather") else exchange._down.codecs[comm.rank]
+            tensor = changed(tensor, [codec], [len(tensor)])
+        return allgather_async(tensor, name)
+
+    def alltoall(tensor: Tensor, splits: Tensor, name: str) -> Any:
+        return alltoall_async(changed(tensor, exchange._up.codecs, splits.tolist()), splits, name)
+
+    comm.allgather_async, comm.alltoall_async = allgather, alltoall
+
+
+def corrupt_length(optimizer: Any) -> None:
+    """Let this rank leave out the first eight elements of what it sends (DistEF, LIEC: to rank 0) from now on."""
+    exchange, comm = first_exchange(optimizer), optimizer._reducer.comm
+    alltoall_async = comm.alltoall_async
+
+    def alltoall(tensor: Tensor, splits: Tensor, name: str) -> Any:
+        splits = splits.clone()
+        splits[0] -= 8
+        return alltoall_async(tensor[8:].clone(), splits, name)
+
+    comm.alltoall_async = alltoall
+    if isinstance(exchange, ShardedServerExchange):
+        return
+    owner, attribute = (exchange, "_payload") if hasattr(exchange, "_payload") else (exchange._sum, "table")
+    launch = owner.launch
+
+    def launch_shorter() -> None:
+        whole = getattr(owner, attribute)
+        setattr(owner, attribute, whole[8:].clone())
+        launch()
+        setattr(owner, attribute, whole)
+
+    owner.launch = launch_shorter
 
 
 def buckets(optimizer: Any) -> list[set[str]]:
