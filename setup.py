@@ -10,7 +10,8 @@ examples = ["scikit-learn>=1.0", "matplotlib>=3.5", "tqdm>=4.60"]
 kernels = {"kernels": ["kernels"], "signs": ["signs"], "sketch": ["sketch", "sketch_largest"]}
 headers = sorted(path.relative_to(here).as_posix() for path in (here / "hvd_compress" / "native").glob("*.h"))
 flags = ["-O3", "-std=c11", "-ffp-contract=off"]
-test = ["pytest>=7.0", "hypothesis>=6.50", *examples]
+checkpoint = ["safetensors>=0.4"]
+test = ["pytest>=7.0", "hypothesis>=6.50", *checkpoint, *examples]
 
 
 def read_version() -> str:
@@ -45,6 +46,7 @@ setup(
     package_data={"hvd_compress": ["py.typed"]},
     install_requires=["torch>=2.1", "horovod>=0.28.1", "numpy>=1.22", "mpi4py>=3.1"],
     extras_require={
+        "checkpoint": checkpoint,
         "examples": examples,
         "test": test,
         # Not a part of "test": it has no wheel for every Python.

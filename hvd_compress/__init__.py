@@ -1,5 +1,6 @@
 """Compressed data-parallel training for Horovod: replace ``hvd.DistributedOptimizer``, keep the script."""
 
+from hvd_compress import checkpoint as checkpoint
 from hvd_compress.algorithms import DEF, EF, LIEC, Algorithm, Dense, DistEF, GlobalSketch, GlobalTopK, Policy
 from hvd_compress.comm.communicator import Adasum, Average, Compression, ProcessSet, Sum, global_process_set
 from hvd_compress.compressors import (

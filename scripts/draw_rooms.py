@@ -16,6 +16,7 @@ PACKAGE = ROOT / "hvd_compress"
 FIGURE = ROOT / "docs" / "figures" / "rooms.png"
 # Place (column, row) of each room in the figure, and what it is for.
 ROOMS = {
+    "checkpoint": (1.5, -1, "files of a whole job"),
     "optimizer": (1.5, 0, "the user's object"),
     "engine": (1.5, 1, "gradients, buckets, order"),
     "algorithms": (1.5, 2, "one paper a file"),
@@ -63,7 +64,7 @@ def is_implied(arrow: tuple[str, str], all_arrows: set[tuple[str, str]]) -> bool
 
 def main() -> None:
     """Draw the figure, imports that others imply in a lighter shade, and print how many arrows it has."""
-    figure, axes = plt.subplots(figsize=(8, 8.4))
+    figure, axes = plt.subplots(figsize=(8, 9.6))
     found = arrows()
     for source, target in sorted(found):
         (x, y, _), (u, v, _) = ROOMS[source], ROOMS[target]
@@ -88,7 +89,7 @@ def main() -> None:
         axes.text(x, -y + 0.1, room, ha="center", va="center", fontsize=12, fontweight="bold", color="#1f3864")
         axes.text(x, -y - 0.11, purpose, ha="center", va="center", fontsize=9)
     axes.set_xlim(-0.5, 3.9)
-    axes.set_ylim(-6.5, 0.5)
+    axes.set_ylim(-6.5, 1.5)
     axes.axis("off")
     FIGURE.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(FIGURE, dpi=130, bbox_inches="tight")

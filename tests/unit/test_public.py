@@ -148,6 +148,7 @@ def test_new_tensors_say_where_they_are(path: Path) -> None:
 
 # From the top down: a room imports itself and the rooms after it, never one before it.
 ROOMS = {
+    "checkpoint": "files of a whole job, written and loaded by all ranks together",
     "optimizer": "what the user's object does",
     "engine": "gradients arrive, buckets are cut, collectives are ordered",
     "algorithms": "one paper a file",
