@@ -94,14 +94,15 @@ class ModelPoints:
         self.write_local_point()
 
     def is_at(self, found: Tensor, own_point: Tensor) -> bool:
-        """Return whether ``found`` (flat parameters) is the shared model or ``own_point``, up to rounding.
+        """Return whether every element of ``found`` (flat parameters) is the shared model's or ``own_point``'s.
 
-        Another build or device may round the last bit of a rank's own point differently.
+        Up to rounding: another build or device may round the last bit of a rank's own point differently.
         """
         if not found.numel():
             return True
         slack = 8 * torch.finfo(found.dtype).eps * self.shared.flat.abs().max()
-        return any(bool((found - point).abs().max() <= slack) for point in (own_point, self.shared.flat))
+        own, shared = ((found - point).abs() <= slack for point in (own_point, self.shared.flat))
+        return bool((own | shared).all())
 
 
 def _write(target: Tensor, source: Tensor, mask: Union[bool, Tensor]) -> None:

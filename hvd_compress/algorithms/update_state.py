@@ -21,10 +21,11 @@ from hvd_compress.finite import poison, take_out
 
 
 class _Resting(NamedTuple):
-    """The shared value and this rank's residual of a parameter that rests, put aside."""
+    """The shared value and this rank's residual of a parameter that rests, put aside, and where its own point is."""
 
     x: Tensor
     e: Tensor
+    coefficient: Coefficient
 
 
 class UpdateState(BucketState):
@@ -138,15 +139,19 @@ class UpdateState(BucketState):
             x.copy_(self._resting[i].x)
             e.copy_(self._resting.pop(i).e)
             detached_point(x, e, points.coefficient, z)
-        for i in inactive - self.inactive:
-            x, e, z = points.views(i)
+        self._rest(dict.fromkeys(inactive - self.inactive, points.coefficient))
+        super().set_inactive(inactive)
+
+    def _rest(self, coefficients: Mapping[int, Coefficient]) -> None:
+        """Put parameters to rest whose own points are at these coefficients."""
+        for i, coefficient in coefficients.items():
+            x, e, z = self.points.views(i)
             placed = torch.empty_like(z)
-            detached_point(x, e, points.coefficient, placed)
+            detached_point(x, e, coefficient, placed)
             # What z has moved since it was placed (local steps) is pending as well.
-            self._resting[i] = _Resting(x.clone(), e + placed.to(e.dtype).sub_(z))
+            self._resting[i] = _Resting(x.clone(), e + placed.to(e.dtype).sub_(z), coefficient)
             x.copy_(z)
             e.zero_()
-        super().set_inactive(inactive)
 
     def _with_resting(self, buffer: FlatBuffer, kind: str) -> FlatBuffer:
         """Return ``buffer`` with what was put aside in place of the views of parameters that rest."""
@@ -217,6 +222,7 @@ class UpdateState(BucketState):
             "lr": self._lr,
             "has_unsent_local_steps": self.has_unsent_local_steps,
             "dtype": str(self.bucket.dtype),
+            "resting": {i: float(resting.coefficient) for i, resting in self._resting.items()},
         }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
@@ -228,11 +234,18 @@ class UpdateState(BucketState):
             points = self.points
             found, model = points.local.flat.clone(), points.shared.flat.clone()
             super().load_state_dict(saved)
+            resting: Mapping[int, float] = saved.get("resting", {})
             if not self.has_unsent_local_steps:
                 points.write_local_point()
+                for i, coefficient in resting.items():
+                    x, e, z = points.views(i)
+                    detached_point(x, e, coefficient, z)
             if not points.is_at(found, points.local.flat):
                 points.reset_to(model)
                 points.local.flat.copy_(found)
+            elif not self.has_unsent_local_steps:
+                self._rest(resting)
+                super().set_inactive(frozenset(resting))
 
     def reset_to_model(self, overwritten: bool) -> None:
         """Be as a new state is, with the model in the parameters.

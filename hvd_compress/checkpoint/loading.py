@@ -17,12 +17,11 @@ from hvd_compress.checkpoint.directory import Manifest
 from hvd_compress.checkpoint.files import CheckpointError, read_state, safetensors_library
 from hvd_compress.checkpoint.together import communicator_of, on_first_rank, require_between_steps, together
 from hvd_compress.optimizer.merging import merge_states
-
-_STATE = "hvd_compress"
+from hvd_compress.optimizer.saved_state import KEY
 
 
 class _Loaded(NamedTuple):
-    """What this rank restores; its fields are the keys of a rank's file."""
+    """One rank's part of a checkpoint; the fields are the keys of a rank's file."""
 
     model: dict[str, Any]
     model_versions: dict[str, Any]
@@ -118,7 +117,7 @@ def _shared_parameters(merged: Mapping[str, Any], model: torch.nn.Module, optimi
     A saved rank's own point is none of the merged state; the model that ranks share is.
     """
     points: dict[str, Tensor] = {}
-    for bucket in merged.get(_STATE, {}).get("buckets", ()):
+    for bucket in merged.get(KEY, {}).get("buckets", ()):
         buffers = bucket["state"]["buffers"]
         points.update(zip(bucket["names"], buffers.get("shared", buffers.get("local", ()))))
     names = optimizer._parameter_names
@@ -140,14 +139,7 @@ def _require_fit(loaded: _Loaded, model: torch.nn.Module, optimizer: Any) -> Non
     groups = [len(group["params"]) for group in loaded.optimizer["param_groups"]]
     groups_here = [len(group["params"]) for group in optimizer.param_groups]
     _require_same(groups, groups_here, "the number of parameters in each group")
-    optimizer._checkpoint.require_format(loaded.optimizer)
-    shapes = {name: tuple(p.shape) for p, name in optimizer._parameter_names.items()}
-    for bucket in loaded.optimizer.get(_STATE, {}).get("buckets", ()):
-        for kind in {"shared", "local", "residual", "carried"} & set(bucket["state"]["buffers"]):
-            for name, view in zip(bucket["names"], bucket["state"]["buffers"][kind]):
-                _require_same(
-                    tuple(view.shape), shapes.get(name, tuple(view.shape)), f"the shape of parameter {name!r}"
-                )
+    optimizer._checkpoint.require_readable(loaded.optimizer)
 
 
 def _kinds(state: Mapping[str, Any]) -> dict[str, str]:

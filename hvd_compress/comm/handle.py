@@ -21,7 +21,7 @@ TOO_LATE = (
 
 
 class Waiter(Protocol):
-    """What a handle needs of its communicator."""
+    """The part of a communicator that a handle needs."""
 
     time_limit: float
 
@@ -51,6 +51,24 @@ def time_limit() -> float:
     if not seconds > 0:
         raise ValueError(f"HVD_COMPRESS_TIMEOUT_SECONDS={text!r} is not allowed; it must be a number of seconds > 0")
     return seconds
+
+
+def sleep_until_done(handle: int, seconds: float = math.inf) -> bool:
+    """Wait for a collective of Horovod's, leaving the processor to others; return False if it is not done in time.
+
+    ``hvd.synchronize`` spins, which slows down ranks that share a core and Horovod's own thread.
+
+    Args:
+        handle: Horovod's handle.
+        seconds: the longest wait.
+    """
+    pause, latest = 2e-5, time.monotonic() + seconds
+    while not hvd.poll(handle):
+        if time.monotonic() > latest:
+            return False
+        time.sleep(pause)
+        pause = min(pause * 1.5, 2e-4)
+    return True
 
 
 def _leave() -> None:
@@ -90,14 +108,9 @@ class Handle:
             return self._result
         handle, self._handle = self._handle, None
         with self._comm.waiting(), self._comm.explaining(self._what):
-            # hvd.synchronize spins, which slows down ranks that share a core and Horovod's own thread.
-            pause, latest = 2e-5, time.monotonic() + self._comm.time_limit
-            while not hvd.poll(handle):
-                if time.monotonic() > latest:
-                    if uses_mpi():
-                        atexit.register(_leave)
-                    raise HorovodInternalError(TOO_LATE.format(seconds=self._comm.time_limit))
-                time.sleep(pause)
-                pause = min(pause * 1.5, 2e-4)
+            if not sleep_until_done(handle, self._comm.time_limit):
+                if uses_mpi():
+                    atexit.register(_leave)
+                raise HorovodInternalError(TOO_LATE.format(seconds=self._comm.time_limit))
             self._result = hvd.synchronize(handle)
         return self._result

@@ -73,6 +73,7 @@ class UpdateReducer(Reducer):
 
     def synchronize(self) -> bool:
         """Complete the local gradients; nothing is exchanged."""
+        self.tracker.notice_scaler()
         self.reset_pass_counts()
         local_gradients.prepare(self.optimizer, self.tracker.tracked, self.comm, self.reduction)
         return False

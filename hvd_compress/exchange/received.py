@@ -1,4 +1,4 @@
-"""What arrives from other ranks is checked before it is used: how long payloads are, and which places they name.
+"""Checks of what arrives from other ranks, before it is used: the length of payloads, and the places they name.
 
 All ranks raise the same error, or none does. What an allgather brings is the same everywhere. What only one rank
 sees, as the server of a shard does, it tells the others by a next message of a wrong length.

@@ -37,7 +37,7 @@ class Wrapped(abc.ABC):  # noqa: B024 - their classes are registered as they are
 
 
 class ElasticResiduals:
-    """What one optimizer keeps of all ranks' residuals."""
+    """All ranks' residuals, as far as one optimizer keeps them."""
 
     def __init__(self, reducer: Reducer) -> None:
         self._reducer = reducer

@@ -28,7 +28,7 @@ from hvd_compress.telemetry import Stats
 
 
 class DistributedMethods(torch.optim.Optimizer):
-    """What an optimizer that ``DistributedOptimizer`` returns has besides its base, ``_hvd_base``.
+    """Methods that ``DistributedOptimizer`` gives an optimizer besides those of its base, ``_hvd_base``.
 
     Attributes:
         check_replicas: compare the ranks' models every so many steps, and raise RuntimeError on all ranks at the first

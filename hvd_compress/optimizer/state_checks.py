@@ -12,7 +12,7 @@ from hvd_compress.optimizer.saved_state import FORMAT, KEY
 
 _NUMBERS = ("format", "size", "step", "local_steps_done")
 # Older states of the same format do not say.
-_OPTIONAL = {"largest_lr", "dtype"}
+_OPTIONAL = {"largest_lr", "dtype", "resting"}
 
 
 def require_readable(state: Any, member: bool, rank: int) -> None:

@@ -269,7 +269,7 @@ def test_whole_steps(
     assert {s.bucket.device.type for s in reducer.states} == {"cuda", "cpu"}
     whats = {name.split(".")[0] for name, *_ in comm.calls}
     looks = not isinstance(algorithm, Dense)
-    assert whats == {"step_check", "bucket0", "bucket1"} | ({"nonfinite"} if looks else set())
+    assert whats == {"step_check", "bucket0"} | ({"nonfinite"} if looks else set())
     assert len(comm.calls) == (15 if looks else 9), "a check and two buckets a step, and flags of each device"
 
 
@@ -305,7 +305,7 @@ def test_adopting_overwritten_parameters(accelerator: Accelerator, coefficient: 
 def test_measured_coefficients_are_loaded_as_they_were_kept(accelerator: Accelerator) -> None:
     """A running mean kept on the device rounds otherwise than Python's numbers: resuming must be exact."""
     state = DEF(COMPRESSORS[0], "auto").attach(bucket(), Context(StubCommunicator()))  # type: ignore[arg-type]
-    measured = state._measured
+    measured = state._measured  # type: ignore[attr-defined]
     assert measured is not None
     measured.load_state_dict({"coefficient": 0.3, "mean_square": 2.0, "square_mean": 0.6})
     for number in (measured.coefficient, measured._mean_square, measured._square_mean):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
-import time
 from typing import Any
 
 from horovod.torch import mpi_ops
+
+from hvd_compress.comm.handle import sleep_until_done
 
 
 def wait_without_spinning() -> None:
@@ -18,10 +19,7 @@ def wait_without_spinning() -> None:
     spinning = mpi_ops.synchronize
 
     def synchronize(handle: Any) -> Any:
-        pause = 2e-5
-        while not mpi_ops.poll(handle):
-            time.sleep(pause)
-            pause = min(pause * 1.5, 2e-4)
+        sleep_until_done(handle)
         return spinning(handle)
 
     for name, module in list(sys.modules.items()):

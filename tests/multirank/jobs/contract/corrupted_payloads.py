@@ -75,6 +75,7 @@ def check_sparse_gradients(place: int) -> None:
         model(torch.tensor([hvd.rank(), 1])).square().sum().backward()
         if hvd.rank() == sender:
             gradient = model.table.weight.grad
+            assert gradient is not None
             indices = gradient.coalesce().indices().clone()
             indices[0, -1] = place
             # Already "coalesced", so that nothing here looks at the index.

@@ -21,7 +21,6 @@ MPI_RANKS = (2,)
 PROCESS_SETS = True
 SCALE = 2.0**10
 RECIPES = ("synchronize", "step", "unscale", "by hand")
-scales_on_cpu = requires(hasattr(torch.amp, "GradScaler"))  # torch >= 2.3
 
 
 def step(model: Any, optimizer: Any, scaler: Any, t: int, recipe: str, infinite: bool = False) -> None:

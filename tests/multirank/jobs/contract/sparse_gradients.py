@@ -11,7 +11,7 @@ from torch import nn
 from hvd_compress import DEF, CountSketch, Dense, GlobalSketch, Identity, RandomBlock, TopK
 from tests.multirank.support.algorithm_cases import EXACT, LOSSY, exchanges_updates, is_exact
 from tests.multirank.support.assertions import close, same_everywhere
-from tests.multirank.support.cases import cases, requires
+from tests.multirank.support.cases import cases, scales_on_cpu
 from tests.multirank.support.networks import Embedded, device_type, flat
 from tests.multirank.support.training import sgd, wrap
 

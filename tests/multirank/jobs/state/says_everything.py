@@ -104,3 +104,20 @@ def check_loading_twice_is_loading_once(compression: Any) -> None:
         ends.append(flat(again))
     assert torch.equal(*ends)
     assert not torch.equal(ends[0], flat(network()))
+
+
+@cases(LOSSY_WITH_OPTIONS)
+def check_both_go_back_while_a_layer_is_frozen(compression: Any) -> None:
+    """The frozen layer is where it was all the time, the other one is not: the state is restored for both."""
+    model, optimizer = make(compression)
+    train(model, optimizer, 4, lambda t: 0.05)
+    model[0].requires_grad_(False)
+    optimizer.zero_grad()
+    train(model, optimizer, 2, lambda t: 0.05, first=4)
+    weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+    train(model, optimizer, 3, lambda t: 0.05, first=6)
+    expected = shared_model(model, optimizer), flat(model)
+    load(model, optimizer, weights, state)
+    train(model, optimizer, 3, lambda t: 0.05, first=6)
+    assert torch.equal(shared_model(model, optimizer), expected[0]), f"x, {compression}"
+    assert torch.equal(flat(model), expected[1]), f"this rank's own point, {compression}"
