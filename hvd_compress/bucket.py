@@ -32,6 +32,13 @@ class FlatBuffer:
     views: list[Tensor]
     begins: tuple[int, ...] = ()
 
+    def clear(self, without: frozenset[int]) -> None:
+        """Set everything to zero but the views with the indices ``without``."""
+        if not without:
+            self.flat.zero_()
+        elif views := [view for i, view in enumerate(self.views) if i not in without]:
+            torch._foreach_zero_(views)
+
 
 class Bucket:
     """Parameters of one dtype and device that share one exchange.

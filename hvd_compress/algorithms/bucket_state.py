@@ -136,7 +136,7 @@ class BucketState(abc.ABC):
 
     @abc.abstractmethod
     def clear_residual(self) -> None:
-        """Set the residual to zero (it has been applied by other means)."""
+        """Set the residual to zero, but for parameters that rest (it has been applied by other means)."""
 
     @abc.abstractmethod
     def reset(self) -> None:

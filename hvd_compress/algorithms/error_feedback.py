@@ -173,7 +173,7 @@ class _EFState(GradientState):
         self._schedule.reset()
 
     def clear_residual(self) -> None:
-        self._residual.flat.zero_()
+        self._residual.clear(self.inactive)
 
 
 def _room(gradient: Optional[Tensor], like: Tensor, dtype: torch.dtype) -> Tensor:

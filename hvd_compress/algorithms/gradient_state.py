@@ -67,6 +67,7 @@ class GradientState(BucketState):
 
     def reset(self) -> None:
         self.discard_step()
+        self.set_inactive(frozenset())
         self.clear_residual()
         self.residual_lr, self.largest_lr = None, 0.0
 
@@ -102,6 +103,7 @@ class GradientState(BucketState):
         return None
 
     def restore(self, parts: Mapping[str, SavedParameter], own: bool) -> set[str]:
+        self.set_inactive(frozenset())
         self.clear_residual()
         names = self.bucket.layout.names
         pending = {n: parts[n] for n in names if n in parts and parts[n].pending is not None} if own else {}
@@ -134,13 +136,11 @@ class GradientState(BucketState):
 
     def reset_to(self, point: Tensor) -> None:
         self.bucket.write_params(point, self.inactive)
-        waiting = [(view, view.clone()) for view in self._views_of_inactive()]
         self.clear_residual()
-        for view, values in waiting:
-            view.copy_(values)
 
     def take_over(self, point: Optional[Tensor], pending: Optional[Tensor]) -> None:
         self.discard_step()
+        self.set_inactive(frozenset())
         self.clear_residual()
         if point is not None:
             with torch.no_grad():
@@ -148,8 +148,3 @@ class GradientState(BucketState):
         buffer = self.pending_buffer() if pending is not None else None
         if buffer is not None and pending is not None:
             buffer.flat.copy_(pending)
-
-    def _views_of_inactive(self) -> list[Tensor]:
-        """Return what is pending for parameters that rest."""
-        found = self.buffers().get("residual")
-        return [] if found is None else [found.views[i] for i in self.inactive]

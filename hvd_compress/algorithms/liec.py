@@ -96,28 +96,30 @@ class _LIECState(GradientState):
         self._carried: Optional[FlatBuffer] = None  # joins the next gradient: a former server's error
         self._mean: Optional[_Mean] = None
         self._averaging = False
-        self._loss_scale = 1.0
+        self._loss_scale = self._factor = 1.0
 
     # -- one exchange ------------------------------------------------------------------------------------
 
     def start(self, step: int, gradients: Sequence[Optional[Tensor]], rate: Rate) -> None:
         if (former_shard_error := self._exchange.reshard()) is not None:
             self.pending_buffer().flat.add_(former_shard_error)
-        factor = self.residual_rescale(rate, self._config.rescale_residual)
+            self._exchange.hold(self.inactive)
+        factor = self._factor = self.residual_rescale(rate, self._config.rescale_residual)
         self._loss_scale = rate.loss_scale
         self._collect(gradients)
         g = self._direction.flat
         if rate.loss_scale != 1.0:
             g.mul_(1.0 / rate.loss_scale)
         if self._carried is not None:
-            g.add_(self._carried.flat, alpha=factor)
+            active = [i for i in range(len(gradients)) if i not in self.inactive]
+            g_views, carried_views = ([b.views[i] for i in active] for b in (self._direction, self._carried))
+            torch._foreach_add_(g_views, carried_views, alpha=factor)
         self.nonfinite = take_out(g, self._direction.views)
         self._averaging = (step + 1) % self._config.averaging_period == 0
         if self._averaging:
-            self._launch_averaging(factor)
+            self._launch_averaging()
         else:
             self._exchange.set_step(step)
-            self._exchange.hold(self.inactive)
             self._exchange.rescale_server_error(factor)
             self._exchange.encode(g)
             self._exchange.launch()
@@ -132,14 +134,12 @@ class _LIECState(GradientState):
         if found:
             torch._foreach_copy_([view for view, _ in found], [g for _, g in found])
 
-    def _launch_averaging(self, factor: float) -> None:
-        """Send the local model and g_k, each server adding the error of its shard, which counts ``factor`` times."""
+    def _launch_averaging(self) -> None:
+        """Send the local model and g_k, each server adding the error of its shard."""
         if self._mean is None:
             self._mean = _Mean(self.bucket, self._context)
         torch._foreach_copy_(self._mean.models.views, [p.data for p in self.bucket.parameters])
-        self._mean.gradients.copy_(self._direction.flat)
-        begin, end = self._exchange.span
-        self._mean.gradients[begin:end].add_(self._exchange.error, alpha=self._context.comm.size * factor)
+        torch.add(self._direction.flat, self._exchange.server_pending(), alpha=self._factor, out=self._mean.gradients)
         self._mean.allreduce.launch()
 
     def next_round(self) -> None:
@@ -165,7 +165,9 @@ class _LIECState(GradientState):
 
     def commit(self) -> None:
         super().commit()
-        self._carried = None
+        if self._carried is not None:
+            self._carried.flat.mul_(self._factor)
+            self._clear_carried()
         if not self._averaging:
             self._exchange.commit()
             return
@@ -173,6 +175,18 @@ class _LIECState(GradientState):
         with torch.no_grad():
             self.bucket.write_params(self._mean.models.flat, self.inactive)
         self._exchange.clear_server_error()
+        self._exchange.error.mul_(self._factor)  # of parameters that rest
+
+    def _clear_carried(self) -> None:
+        """Set what joins the next gradient to zero, but for parameters that rest."""
+        if self._carried is not None and self.inactive:
+            self._carried.clear(self.inactive)
+        else:
+            self._carried = None
+
+    def set_inactive(self, inactive: frozenset[int]) -> None:
+        super().set_inactive(inactive)
+        self._exchange.hold(inactive)
 
     def discard_step(self) -> None:
         """Return at once: everything that ``start`` has changed is made anew by the next one."""
@@ -206,12 +220,15 @@ class _LIECState(GradientState):
     def pending_gradient(self) -> Optional[Tensor]:
         pending = self._exchange.server_pending()
         if self._carried is not None:
-            pending.add_(self._carried.flat)
+            carried = self.bucket.flat_buffer(self.bucket.state_dtype, self._carried.flat.clone())
+            for i in self.inactive:
+                carried.views[i].zero_()
+            pending.add_(carried.flat)
         return pending.mul_(self._context.sum_factor)
 
     def clear_residual(self) -> None:
         self._exchange.clear_server_error()
-        self._carried = None
+        self._clear_carried()
 
     # -- checkpoints -------------------------------------------------------------------------------------
 

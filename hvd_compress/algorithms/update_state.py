@@ -141,6 +141,7 @@ class UpdateState(BucketState):
             detached_point(x, e, points.coefficient, z)
         self._rest(dict.fromkeys(inactive - self.inactive, points.coefficient))
         super().set_inactive(inactive)
+        self.exchange.hold(inactive)
 
     def _rest(self, coefficients: Mapping[int, Coefficient]) -> None:
         """Put parameters to rest whose own points are at these coefficients."""

@@ -134,17 +134,20 @@ class Exchange(abc.ABC):
         return None
 
     def server_pending(self) -> Optional[Tensor]:
-        """Return a new flat vector whose mean over ranks is what the servers have not sent yet, or None."""
+        """Return a new flat vector whose mean over ranks is what the servers have not sent yet, or None.
+
+        Of parameters that rest (``hold``) there is nothing in it.
+        """
         return None
 
     def rescale_server_error(self, factor: float) -> None:  # noqa: B027
         """Let the server's error count ``factor`` times at this step, for which ``set_step`` has been called."""
 
     def hold(self, inactive: frozenset[int]) -> None:  # noqa: B027
-        """Let the server's error of the parameters with these indices wait: nothing is sent of it."""
+        """Let the server's error of the parameters with these indices wait until they are not among them any more."""
 
     def clear_server_error(self) -> None:  # noqa: B027
-        """Set the server's error to zero."""
+        """Set the server's error to zero, but for parameters that rest."""
 
     def reshard(self) -> Optional[Tensor]:
         """Cut new shards if the number of ranks has changed (elastic jobs).

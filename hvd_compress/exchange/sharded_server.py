@@ -133,7 +133,7 @@ class ShardedServerExchange(Exchange):
         """Average the messages, add the error and form the answer of this shard."""
         me, total = self._rank, self._next_error
         torch.mul(self.error, self._error_factor, out=total)
-        waiting = [view for i, view in enumerate(self._views(total)) if i in self._held] if self._held else []
+        waiting = self._held_views(total)
         kept = [view.clone() for view in waiting]
         if waiting:
             torch._foreach_zero_(waiting)
@@ -189,6 +189,10 @@ class ShardedServerExchange(Exchange):
             start += numel
         return views
 
+    def _held_views(self, shard: Tensor) -> list[Tensor]:
+        """Return the parts of the parameters that rest in a vector of this rank's shard."""
+        return [view for i, view in enumerate(self._views(shard)) if i in self._held] if self._held else []
+
     def hold(self, inactive: frozenset[int]) -> None:
         self._held = inactive
 
@@ -200,16 +204,18 @@ class ShardedServerExchange(Exchange):
         vector = torch.zeros(self.bucket.layout.total, dtype=self.bucket.state_dtype, device=self.bucket.device)
         begin, end = self.span
         vector[begin:end] = self.error
+        for view in self._held_views(vector[begin:end]):
+            view.zero_()
         return vector.mul_(self.context.comm.size)
 
     def rescale_server_error(self, factor: float) -> None:
         self._error_factor = factor
 
     def clear_server_error(self) -> None:
-        self.error.zero_()
+        self.server_error().clear(self._held)
 
     def reset(self) -> None:
-        self.clear_server_error()
+        self.error.zero_()
 
     def reshard(self) -> Optional[Tensor]:
         comm = self.context.comm

@@ -179,8 +179,10 @@ class Consensus:
                 _write(state, point)
                 if bool(values.any()):
                     gradients = state.bucket.flat_buffer(state.bucket.dtype, values.to(state.bucket.dtype)).views
-                    for p, gradient in zip(state.bucket.parameters, gradients):
-                        p.grad = gradient.to_sparse(1) if isinstance(optimizer, torch.optim.SparseAdam) else gradient
+                    for i, (p, gradient) in enumerate(zip(state.bucket.parameters, gradients)):
+                        if i not in state.inactive:
+                            sparse = isinstance(optimizer, torch.optim.SparseAdam)
+                            p.grad = gradient.to_sparse(1) if sparse else gradient
             optimizer._bare_step(optimizer)
             for state in states:
                 state.clear_residual()
@@ -194,4 +196,4 @@ class Consensus:
 
 def _write(state: State, point: Optional[Tensor]) -> None:
     if point is not None:
-        state.bucket.write_params(point)
+        state.bucket.write_params(point, state.inactive)

@@ -11,8 +11,8 @@ from hvd_compress import Dense
 from tests.multirank.support.algorithm_cases import EXACT, LOSSY, LOSSY_WITH_OPTIONS, has_local_models
 from tests.multirank.support.assertions import close, same_everywhere
 from tests.multirank.support.cases import cases
-from tests.multirank.support.networks import flat
-from tests.multirank.support.training import make, mean_gradient, shared_model, take_step, virtual_iterate
+from tests.multirank.support.networks import flat, network
+from tests.multirank.support.training import make, mean_gradient, shared_model, take_step, virtual_iterate, wrap
 
 RANKS = (2,)
 FULL_RANKS = (3, 4)
@@ -33,7 +33,9 @@ def check_a_frozen_layer_keeps_its_bits(compression: Any, momentum: float, weigh
     before, own = shared_model(model, optimizer)[:FIRST], flat(model)[:FIRST]
     for t in range(6, 12):
         take_step(model, optimizer, t)
-        assert torch.equal(flat(model)[:FIRST], own), "the parameters themselves"
+        if t == 8:
+            optimizer.flush()
+        assert torch.equal(flat(model)[:FIRST], own), f"the parameters themselves, step {t}"
     after = shared_model(model, optimizer)
     if not has_local_models(compression):
         assert torch.equal(after[:FIRST], before), "the shared model"
@@ -41,8 +43,8 @@ def check_a_frozen_layer_keeps_its_bits(compression: Any, momentum: float, weigh
     same_everywhere(after, f"x, {compression}")
 
 
-@cases(LOSSY)
-def check_what_is_pending_waits_until_the_layer_is_trained_again(compression: Any) -> None:
+@cases(compression=LOSSY, flushed=(False, True))
+def check_what_is_pending_waits_until_the_layer_is_trained_again(compression: Any, flushed: bool) -> None:
     """Nothing is lost and nothing is added while a layer is frozen: the virtual iterate goes on from where it was."""
     model, optimizer = make(compression, torch.float64, lr=0.1, momentum=0.0)
     for t in range(6):
@@ -51,12 +53,29 @@ def check_what_is_pending_waits_until_the_layer_is_trained_again(compression: An
     model[0].requires_grad_(False)
     for t in range(6, 10):
         take_step(model, optimizer, t)
+        if flushed and t == 7:
+            optimizer.flush()
     model[0].requires_grad_(True)
     expected = start[:FIRST].clone()
     for t in range(10, 14):
         expected -= 0.1 * mean_gradient(model, t)[:FIRST]
         take_step(model, optimizer, t)
     close(virtual_iterate(model, optimizer)[:FIRST], expected, 1e-10, f"the virtual iterate, {compression}")
+
+
+@cases(LOSSY)
+def check_a_flush_by_adam_leaves_a_frozen_layer(compression: Any) -> None:
+    """Where a flush is a step of the wrapped optimizer, a frozen layer has no part in it; what is pending waits."""
+    model = network(torch.float64)
+    optimizer = wrap(model, torch.optim.Adam(model.parameters(), lr=0.01), compression)
+    for t in range(6):
+        take_step(model, optimizer, t)
+    model[0].requires_grad_(False)
+    optimizer.zero_grad()
+    before = flat(model)
+    optimizer.flush()
+    assert torch.equal(flat(model)[:FIRST], before[:FIRST])
+    assert not torch.equal(flat(model)[FIRST:], before[FIRST:]), "the other layer is flushed"
 
 
 @cases(Dense(), LOSSY)
