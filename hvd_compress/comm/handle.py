@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from contextlib import AbstractContextManager
-from typing import Any, Optional, Protocol
+from typing import Any, Callable, Optional, Protocol
 
 import horovod.torch as hvd
 
@@ -53,17 +53,13 @@ def time_limit() -> float:
     return seconds
 
 
-def sleep_until_done(handle: int, seconds: float = math.inf) -> bool:
-    """Wait for a collective of Horovod's, leaving the processor to others; return False if it is not done in time.
+def sleep_until(done: Callable[[], bool], seconds: float = math.inf) -> bool:
+    """Wait until ``done()``, leaving the processor to others; return False if it is not in ``seconds``.
 
-    ``hvd.synchronize`` spins, which slows down ranks that share a core and Horovod's own thread.
-
-    Args:
-        handle: Horovod's handle.
-        seconds: the longest wait.
+    Horovod's and MPI's own calls spin, which slows down ranks that share a core and Horovod's own thread.
     """
     pause, latest = 2e-5, time.monotonic() + seconds
-    while not hvd.poll(handle):
+    while not done():
         if time.monotonic() > latest:
             return False
         time.sleep(pause)
@@ -76,6 +72,24 @@ def _leave() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1)
+
+
+def wait_in_time(done: Callable[[], bool], comm: Waiter, what: str) -> None:
+    """Wait until ``done()``, counting the time.
+
+    Args:
+        done: returns whether a collective or message is complete.
+        comm: has the time limit.
+        what: the collective or message, for the error.
+
+    Raises:
+        HorovodInternalError: if that takes longer than the time limit.
+    """
+    with comm.waiting(), comm.explaining(what):
+        if not sleep_until(done, comm.time_limit):
+            if uses_mpi():
+                atexit.register(_leave)
+            raise HorovodInternalError(TOO_LATE.format(seconds=comm.time_limit))
 
 
 class Handle:
@@ -107,10 +121,7 @@ class Handle:
         if self._handle is None or self._comm is None:
             return self._result
         handle, self._handle = self._handle, None
-        with self._comm.waiting(), self._comm.explaining(self._what):
-            if not sleep_until_done(handle, self._comm.time_limit):
-                if uses_mpi():
-                    atexit.register(_leave)
-                raise HorovodInternalError(TOO_LATE.format(seconds=self._comm.time_limit))
+        wait_in_time(lambda: bool(hvd.poll(handle)), self._comm, self._what)
+        with self._comm.explaining(self._what):
             self._result = hvd.synchronize(handle)
         return self._result

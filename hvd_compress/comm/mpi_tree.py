@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hvd_compress.comm.communicator import Communicator, uses_mpi
+from hvd_compress.comm.handle import wait_in_time
 
 Array = npt.NDArray[Any]
 
@@ -68,17 +69,18 @@ class Tree:
         return world.Create_group(world.Get_group().Incl(self._comm.global_ranks), tag=self._comm.ordinal)
 
     def _send(self, data: Array, to: int) -> None:
-        with self._comm.waiting():
-            self._mpi.Send(data, dest=to)
+        wait_in_time(self._mpi.Isend(data, dest=to).Test, self._comm, f"message to rank {to}")
         self._comm.bytes_sent += data.nbytes
 
     def _receive(self, data: Array, source: int) -> None:
-        with self._comm.waiting(), self._full(data, source) as status:
-            self._mpi.Recv(data, source=source, status=status)
+        with self._full(data, source) as status:
+            request = self._mpi.Irecv(data, source=source)
+            wait_in_time(lambda: request.Test(status), self._comm, f"message from rank {source}")
 
     def _swap(self, data: Array, other: Array, partner: int) -> None:
-        with self._comm.waiting(), self._full(other, partner) as status:
-            self._mpi.Sendrecv(data, dest=partner, recvbuf=other, source=partner, status=status)
+        sending = self._mpi.Isend(data, dest=partner)
+        self._receive(other, partner)
+        wait_in_time(sending.Test, self._comm, f"message to rank {partner}")
         self._comm.bytes_sent += data.nbytes
 
     @contextlib.contextmanager

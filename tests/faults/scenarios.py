@@ -16,7 +16,7 @@ import horovod.torch as hvd
 import torch
 import torch._dynamo  # which torch imports in the first step: a long time, if ranks share a core
 
-from hvd_compress import DEF, EF, LIEC, CountSketch, DistEF, GlobalSketch, RandomBlock, TopK
+from hvd_compress import DEF, EF, LIEC, CountSketch, DistEF, GlobalSketch, GlobalTopK, RandomBlock, TopK
 from tests.multirank.support.internals import before_next_round
 from tests.multirank.support.networks import loss_of, network
 from tests.multirank.support.training import wrap
@@ -29,6 +29,7 @@ EXCHANGES = {
     "sketch": GlobalSketch(CountSketch(columns=8, rows=3)),
     "updates": DEF(RandomBlock(density=0.25)),
 }
+TREES = {"tree of sketches": GlobalSketch(CountSketch(columns=8, rows=3), "tree"), "tree of top-k": GlobalTopK(0.25)}
 # Where it happens, with the method that the other ranks are in.
 PHASES = {
     "forward": "step()",
@@ -82,7 +83,7 @@ def train(exchange: str, phase: str, kind: str, directory: str) -> None:
             return super().step(closure)
 
     model = network()
-    optimizer = wrap(model, SGD(model.parameters(), lr=0.1), EXCHANGES[exchange])
+    optimizer = wrap(model, SGD(model.parameters(), lr=0.1), {**EXCHANGES, **TREES}[exchange])
     model[0].weight.register_hook(lambda gradient: fault.at("backward"))
     for step in range(8):
         fault.step = step

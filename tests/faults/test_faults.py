@@ -34,8 +34,8 @@ CASES = [
 
 def explained(rank: int, phase: str) -> str:
     """Return a pattern of the error of a rank that another has left alone."""
-    method = re.escape(scenarios.PHASES[phase])
-    return rf"HorovodInternalError: .*\(rank {rank}, {method} after \d exchanges, (allreduce|allgather|alltoall) '"
+    method, what = re.escape(scenarios.PHASES[phase]), "(allreduce|allgather|alltoall|message)"
+    return rf"HorovodInternalError: .*\(rank {rank}, {method} after \d exchanges, {what} "
 
 
 @pytest.mark.parametrize(("exchange", "phase", "fault"), CASES)
@@ -56,12 +56,15 @@ def test_others_end_with_an_error(exchange: str, phase: str, fault: str, tmp_pat
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("exchange", scenarios.EXCHANGES)
-def test_a_rank_stops_under_mpi(exchange: str, tmp_path: Path) -> None:
-    argv = [sys.executable, "-m", "tests.faults.scenarios", exchange, "forward", "stop", str(tmp_path)]
+@pytest.mark.parametrize(
+    ("exchange", "phase"),
+    [*((exchange, "forward") for exchange in scenarios.EXCHANGES), *((tree, "exchange") for tree in scenarios.TREES)],
+)
+def test_a_rank_stops_under_mpi(exchange: str, phase: str, tmp_path: Path) -> None:
+    argv = [sys.executable, "-m", "tests.faults.scenarios", exchange, phase, "stop", str(tmp_path)]
     outcome = launch(argv, 2, "mpi", timeout=LIMIT + 5 * SLACK, env=LIMITS)
     assert outcome.returncode not in (None, 0), outcome.output
-    assert re.search(explained(0, "forward"), outcome.output), outcome.output
+    assert re.search(explained(0, phase), outcome.output), outcome.output
 
 
 REASON = why_unavailable()

@@ -7,7 +7,7 @@ from typing import Any
 
 from horovod.torch import mpi_ops
 
-from hvd_compress.comm.handle import sleep_until_done
+from hvd_compress.comm.handle import sleep_until
 
 
 def wait_without_spinning() -> None:
@@ -19,7 +19,7 @@ def wait_without_spinning() -> None:
     spinning = mpi_ops.synchronize
 
     def synchronize(handle: Any) -> Any:
-        sleep_until_done(handle)
+        sleep_until(lambda: bool(mpi_ops.poll(handle)))
         return spinning(handle)
 
     for name, module in list(sys.modules.items()):
