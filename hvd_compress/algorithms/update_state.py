@@ -135,9 +135,8 @@ class UpdateState(BucketState):
         """Let parameters rest: their x and e are put aside, and z takes the place of x, so that an update is zero."""
         points = self.points
         for i in self.inactive - inactive:
+            self._take_back(i)
             x, e, z = points.views(i)
-            x.copy_(self._resting[i].x)
-            e.copy_(self._resting.pop(i).e)
             detached_point(x, e, points.coefficient, z)
         self._rest(dict.fromkeys(inactive - self.inactive, points.coefficient))
         super().set_inactive(inactive)
@@ -150,9 +149,26 @@ class UpdateState(BucketState):
             placed = torch.empty_like(z)
             detached_point(x, e, coefficient, placed)
             # What z has moved since it was placed (local steps) is pending as well.
-            self._resting[i] = _Resting(x.clone(), e + placed.to(e.dtype).sub_(z), coefficient)
-            x.copy_(z)
-            e.zero_()
+            self._put_aside(i, e + placed.to(e.dtype).sub_(z), coefficient)
+
+    def _put_aside(self, index: int, pending: Tensor, coefficient: Coefficient) -> None:
+        x, e, z = self.points.views(index)
+        self._resting[index] = _Resting(x.clone(), pending, coefficient)
+        x.copy_(z)
+        e.zero_()
+
+    def _take_back(self, index: int) -> None:
+        x, e, _ = self.points.views(index)
+        resting = self._resting.pop(index)
+        x.copy_(resting.x)
+        e.copy_(resting.e)
+
+    def _end_rest(self) -> None:
+        """Let no parameter rest any more, and leave their own points, which may have been loaded, as they are."""
+        for i in self.inactive:
+            self._take_back(i)
+        super().set_inactive(frozenset())
+        self.exchange.hold(frozenset())
 
     def _with_resting(self, buffer: FlatBuffer, kind: str) -> FlatBuffer:
         """Return ``buffer`` with what was put aside in place of the views of parameters that rest."""
@@ -182,7 +198,7 @@ class UpdateState(BucketState):
             z.copy_(value)
 
     def take_over(self, point: Optional[Tensor], pending: Optional[Tensor]) -> None:
-        self.set_inactive(frozenset())
+        self._end_rest()
         coefficient = self.points.coefficient
         self.reset_to(self.points.shared.flat.clone() if point is None else point)
         if pending is not None:
@@ -228,7 +244,7 @@ class UpdateState(BucketState):
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         if "buffers" in saved:
-            self.set_inactive(frozenset())
+            self._end_rest()
         self._lr, self.points.coefficient = float(saved["lr"]), float(saved["local_coefficient"])
         self.has_unsent_local_steps = bool(saved["has_unsent_local_steps"])
         if "buffers" in saved:
@@ -244,9 +260,11 @@ class UpdateState(BucketState):
             if not points.is_at(found, points.local.flat):
                 points.reset_to(model)
                 points.local.flat.copy_(found)
-            elif not self.has_unsent_local_steps:
-                self._rest(resting)
+            else:
+                for i, coefficient in resting.items():
+                    self._put_aside(i, points.views(i)[1].clone(), coefficient)
                 super().set_inactive(frozenset(resting))
+                self.exchange.hold(self.inactive)
 
     def reset_to_model(self, overwritten: bool) -> None:
         """Be as a new state is, with the model in the parameters.
@@ -255,17 +273,21 @@ class UpdateState(BucketState):
             overwritten: whether a script has written into parameters since they were placed. These are the model's as
                 they are; the others are where the shared model is.
         """
-        self.set_inactive(frozenset())
-        points = self.points
+        points, changed = self.points, []
         if overwritten:
             placed = self.bucket.flat_buffer(self.bucket.dtype, points.expected_local())
-            for x, z, before in zip(points.shared.views, points.local.views, placed.views):
-                if self.has_unsent_local_steps or not torch.equal(z, before):
-                    x.copy_(z)
+            for i, (z, before) in enumerate(zip(points.local.views, placed.views)):
+                moved = self.has_unsent_local_steps and i not in self.inactive
+                if moved or not torch.equal(z, before):
+                    changed.append(i)
+        self._end_rest()
+        for i in changed:
+            x, _, z = points.views(i)
+            x.copy_(z)
         self.reset()
 
     def reset(self) -> None:
-        self.set_inactive(frozenset())
+        self._end_rest()
         self.has_unsent_local_steps = False
         self.clear_residual()
         self.points.reset_to(self.points.shared.flat)
@@ -273,7 +295,7 @@ class UpdateState(BucketState):
         self._lr = math.nan
 
     def restore(self, parts: Mapping[str, SavedParameter], own: bool) -> set[str]:
-        self.set_inactive(frozenset())
+        self._end_rest()
         names, points = self.bucket.layout.names, self.points
         points.coefficient = 0.0
         restored = all(name in parts and parts[name].shared is not None for name in names)

@@ -54,19 +54,21 @@ def parts_of(bucket: Mapping[str, Any], ranks: int) -> dict[str, SavedParameter]
             in_memory = pending.as_strided((pending.numel(),), (1,))
             in_memory[begin : begin + error.numel()].add_(error, alpha=ranks)
         shared, local = views.get("shared"), views.get("local")
+        resting = index in state.get("resting", ())  # then what its point has moved is in the residual already
+        coefficient = state["resting"][index] if resting else state.get("local_coefficient", 0.0)
         if of_updates and shared is not None and pending is not None:
             placed = torch.empty_like(shared, dtype=shared.dtype if local is None else local.dtype)
-            detached_point(shared, views["residual"], state["local_coefficient"], placed)
-            if local is not None:
-                pending.add_(placed.to(pending.dtype).sub_(local))
-            else:
+            detached_point(shared, views["residual"], coefficient, placed)
+            if local is None:
                 local = placed
+            elif not resting:
+                pending.add_(placed.to(pending.dtype).sub_(local))
         found[name] = SavedParameter(
             pending,
             1.0 if of_updates else state.get("residual_lr"),
             shared,
             local,
-            state.get("local_coefficient", 0.0),
+            coefficient,
             state.get("largest_lr", 0.0),
             tuple(state["known"][index]) if "known" in state else (),
         )

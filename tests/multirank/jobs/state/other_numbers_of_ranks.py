@@ -32,17 +32,29 @@ def first_ranks(number: int) -> Any:
 
 
 class Saved:
-    """What a job of ``ranks`` ranks has saved, on every rank of this launch, and the points that it was at."""
+    """What a job of ``ranks`` ranks has saved, on every rank of this launch, and the points that it was at.
 
-    def __init__(self, compression: Any, ranks: int, inside: bool = False, **kwargs: Any) -> None:
+    Args:
+        inside: save inside of ``consensus()``.
+        frozen: freeze the first layer and take two more steps before.
+    """
+
+    def __init__(self, compression: Any, ranks: int, inside: bool = False, frozen: bool = False) -> None:
         content: Any = None
         with first_ranks(ranks) as some:
             if some.included():
                 model = network()
-                optimizer = wrap(model, sgd(model, lr=0.05, momentum=0.9), compression, process_set=some, **kwargs)
+                optimizer = wrap(model, sgd(model, lr=0.05, momentum=0.9), compression, process_set=some)
                 train(model, optimizer, STEPS, harmonic_rate)
+                if frozen:
+                    model[0].requires_grad_(False)
+                    train(model, optimizer, 2, harmonic_rate, first=STEPS)
+                    content = through_a_file([model.state_dict(), optimizer.state_dict()])
+                    model[0].requires_grad_(True)
                 x, y = shared_model(model, optimizer), virtual_iterate(model, optimizer)
-                if inside:
+                if frozen:
+                    content = (*content, x, y)
+                elif inside:
                     with optimizer.consensus():
                         own = (model.state_dict(), optimizer.state_dict())
                         content = (*through_a_file(list(own)), x, y)
@@ -81,6 +93,17 @@ def check_all_residuals_are_shared_out(compression: Any, change: str) -> None:
         train(model, optimizer, 4, harmonic_rate, first=STEPS)
         every = hvd.allgather(shared_model(model, optimizer).reshape(1, -1), name="test.x", process_set=some)
         assert torch.equal(every[0], every[-1]), "replicas"
+
+
+@cases(compression=LOSSY_WITH_OPTIONS)
+def check_what_is_pending_for_a_frozen_layer_is_shared_out(compression: Any) -> None:
+    saved = Saved(compression, 4, frozen=True)
+    with first_ranks(2) as some:
+        if some.included():
+            model, optimizer = resumed(saved, compression, some, hvd.rank())
+            x, y = shared_model(model, optimizer), virtual_iterate(model, optimizer)
+            close(x, saved.x, 1e-7, "x")
+            close(x - y, saved.x - saved.y, 1e-6 if compression.exchanges_updates else 2e-5, "pending updates")
 
 
 @cases(EF(BLOCK), DEF(BLOCK), LIEC(BLOCK, 8))

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from hvd_compress import Dense
-from tests.multirank.support.algorithm_cases import EXACT, LOSSY, LOSSY_WITH_OPTIONS, has_local_models
+from hvd_compress import DEF, Dense
+from tests.multirank.support.algorithm_cases import BLOCK, EXACT, LOSSY, LOSSY_WITH_OPTIONS, has_local_models
 from tests.multirank.support.assertions import same_everywhere
 from tests.multirank.support.cases import cases
 from tests.multirank.support.networks import flat, network
@@ -106,7 +106,7 @@ def check_loading_twice_is_loading_once(compression: Any) -> None:
     assert not torch.equal(ends[0], flat(network()))
 
 
-@cases(LOSSY_WITH_OPTIONS)
+@cases(LOSSY_WITH_OPTIONS, DEF(BLOCK, local_steps=5))
 def check_both_go_back_while_a_layer_is_frozen(compression: Any) -> None:
     """The frozen layer is where it was all the time, the other one is not: the state is restored for both."""
     model, optimizer = make(compression)
