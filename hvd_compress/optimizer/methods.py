@@ -141,14 +141,15 @@ class DistributedMethods(torch.optim.Optimizer):
     step.hooked = True  # type: ignore[attr-defined]
 
     def _apply(self, closure: Optional[Callable[[], Any]] = None) -> Any:
-        reducer = self._reducer
+        reducer, exchanges = self._reducer, self._reducer.step
         reducer.before_step()
         if reducer.skips_step:
             reducer.discard_step()
             return None
         loss = self._bare_step(self) if closure is None else self._bare_step(self, closure)
         reducer.after_step()
-        if self.check_replicas and reducer.comm.member and reducer.step % self.check_replicas == 0:
+        due = bool(self.check_replicas) and reducer.step > exchanges and reducer.step % self.check_replicas == 0
+        if due and reducer.comm.member:
             replica_check.check_replicas(reducer.comm, reducer.states, reducer.step)
         return loss
 
@@ -195,6 +196,8 @@ class DistributedMethods(torch.optim.Optimizer):
 
     def flush(self) -> None:
         """Apply all residuals in one dense step; they are then zero on every rank (collective).
+
+        What is pending for frozen parameters waits until they are trained again.
 
         Where the residual holds gradients (EF, LIEC) of an optimizer whose update is not proportional to them (Adam),
         that is a step of the optimizer with their mean; else the mean of the pending updates is subtracted.
