@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Mapping, NamedTuple, Optional, Union, cast
+from typing import Any, Mapping, Optional, Union, cast
 
 import torch
 from torch import Tensor
@@ -12,20 +12,13 @@ from hvd_compress.algorithms.bucket_state import BucketState, SavedParameter, ad
 from hvd_compress.algorithms.model_points import ModelPoints
 from hvd_compress.algorithms.momentum_masking import MomentumMask
 from hvd_compress.algorithms.residual_update import Coefficient, detached_point
+from hvd_compress.algorithms.resting import RestingParameters
 from hvd_compress.bucket import Bucket, FlatBuffer
 from hvd_compress.comm.communicator import Communicator
 from hvd_compress.compressors.layout import pieces
 from hvd_compress.digest import digest
 from hvd_compress.exchange import Context, Exchange, ExchangeSchedule
 from hvd_compress.finite import poison, take_out
-
-
-class _Resting(NamedTuple):
-    """The shared value and this rank's residual of a parameter that rests, put aside, and where its own point is."""
-
-    x: Tensor
-    e: Tensor
-    coefficient: Coefficient
 
 
 class UpdateState(BucketState):
@@ -59,7 +52,7 @@ class UpdateState(BucketState):
         self.points = ModelPoints(bucket)
         self._momentum = MomentumMask(bucket, context) if masking else None
         self.has_unsent_local_steps = False
-        self._resting: dict[int, _Resting] = {}
+        self._resting = RestingParameters(self.points)
         self._lr = math.nan
 
     # -- one exchange ------------------------------------------------------------------------------------
@@ -132,48 +125,21 @@ class UpdateState(BucketState):
     # -- parameters that rest ----------------------------------------------------------------------------
 
     def set_inactive(self, inactive: frozenset[int]) -> None:
-        """Let parameters rest: their x and e are put aside, and z takes the place of x, so that an update is zero."""
-        points = self.points
-        for i in self.inactive - inactive:
-            self._take_back(i)
+        """Let parameters rest; those that no longer do are placed at this rank's own point again."""
+        points, ended = self.points, self.inactive - inactive
+        self._resting.end(ended)
+        for i in ended:
             x, e, z = points.views(i)
             detached_point(x, e, points.coefficient, z)
-        self._rest(dict.fromkeys(inactive - self.inactive, points.coefficient))
+        self._resting.begin(inactive - self.inactive)
         super().set_inactive(inactive)
         self.exchange.hold(inactive)
 
-    def _rest(self, coefficients: Mapping[int, Coefficient]) -> None:
-        """Put parameters to rest whose own points are at these coefficients."""
-        for i, coefficient in coefficients.items():
-            x, e, z = self.points.views(i)
-            placed = torch.empty_like(z)
-            detached_point(x, e, coefficient, placed)
-            # What z has moved since it was placed (local steps) is pending as well.
-            self._put_aside(i, e + placed.to(e.dtype).sub_(z), coefficient)
-
-    def _put_aside(self, index: int, pending: Tensor, coefficient: Coefficient) -> None:
-        x, e, z = self.points.views(index)
-        self._resting[index] = _Resting(x.clone(), pending, coefficient)
-        x.copy_(z)
-        e.zero_()
-
-    def _take_back(self, index: int) -> None:
-        x, e, _ = self.points.views(index)
-        resting = self._resting.pop(index)
-        x.copy_(resting.x)
-        e.copy_(resting.e)
-
     def _end_rest(self) -> None:
         """Let no parameter rest any more, and leave their own points, which may have been loaded, as they are."""
-        for i in self.inactive:
-            self._take_back(i)
+        self._resting.end(self.inactive)
         super().set_inactive(frozenset())
         self.exchange.hold(frozenset())
-
-    def _with_resting(self, buffer: FlatBuffer, kind: str) -> FlatBuffer:
-        """Return ``buffer`` with what was put aside in place of the views of parameters that rest."""
-        views = [getattr(self._resting[i], kind) if i in self._resting else v for i, v in enumerate(buffer.views)]
-        return FlatBuffer(buffer.flat, views)
 
     # -- points and residual -----------------------------------------------------------------------------
 
@@ -181,7 +147,7 @@ class UpdateState(BucketState):
         if not self._resting:
             return self.points.shared.flat
         point = self.bucket.flat_buffer(self.bucket.state_dtype)
-        torch._foreach_copy_(point.views, self._with_resting(self.points.shared, "x").views)
+        torch._foreach_copy_(point.views, self._resting.shared().views)
         return point.flat
 
     def replica(self) -> list[Tensor]:
@@ -189,13 +155,10 @@ class UpdateState(BucketState):
 
     def reset_to(self, point: Tensor) -> None:
         self.has_unsent_local_steps = False
-        kept = {i: self.points.views(i)[2].clone() for i in self._resting}
+        resting = self._resting.values()
         self.clear_residual()
         self.points.reset_to(point)
-        for i, value in kept.items():
-            x, _, z = self.points.views(i)
-            x.copy_(value)
-            z.copy_(value)
+        self._resting.write(resting)
 
     def take_over(self, point: Optional[Tensor], pending: Optional[Tensor]) -> None:
         self._end_rest()
@@ -224,9 +187,11 @@ class UpdateState(BucketState):
     # -- checkpoints -------------------------------------------------------------------------------------
 
     def buffers(self) -> dict[str, FlatBuffer]:
-        points = self.points
-        shared, residual = self._with_resting(points.shared, "x"), self._with_resting(points.residual, "e")
-        found = {"shared": shared, "residual": residual, **self.exchange.warm_start()}
+        found = {
+            "shared": self._resting.shared(),
+            "residual": self._resting.residual(),
+            **self.exchange.warm_start(),
+        }
         if (server := self.exchange.server_error()) is not None:
             found["server"] = server
         # Local steps since the last exchange are nowhere but in the parameters.
@@ -239,7 +204,7 @@ class UpdateState(BucketState):
             "lr": self._lr,
             "has_unsent_local_steps": self.has_unsent_local_steps,
             "dtype": str(self.bucket.dtype),
-            "resting": {i: float(resting.coefficient) for i, resting in self._resting.items()},
+            "resting": self._resting.coefficients,
         }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
@@ -261,8 +226,7 @@ class UpdateState(BucketState):
                 points.reset_to(model)
                 points.local.flat.copy_(found)
             else:
-                for i, coefficient in resting.items():
-                    self._put_aside(i, points.views(i)[1].clone(), coefficient)
+                self._resting.load(resting)
                 super().set_inactive(frozenset(resting))
                 self.exchange.hold(self.inactive)
 

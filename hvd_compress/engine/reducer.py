@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import hashlib
 import warnings
 from typing import Any, Callable, Optional, Sequence, Union, cast
 
@@ -17,7 +16,15 @@ from hvd_compress.engine.agreement import Options, agree, parameter_item
 from hvd_compress.engine.bucketing import Partition
 from hvd_compress.engine.nonfinite import NonfiniteCheck
 from hvd_compress.engine.ownership import Trainer
-from hvd_compress.engine.step_check import StepCheck, Verdict, largest, ranks_joined_error
+from hvd_compress.engine.step_check import (
+    StepCheck,
+    Verdict,
+    different_methods_error,
+    different_parameters_error,
+    largest,
+    number_of,
+    ranks_joined_error,
+)
 from hvd_compress.engine.tracker import ParameterTracker
 from hvd_compress.exchange import Context
 from hvd_compress.telemetry import Recorder
@@ -215,7 +222,7 @@ class Reducer(abc.ABC):
 
     def _step_digest(self, action: str) -> int:
         """Return 63 bits that differ if the action, step, parameters, groups or what is frozen differ."""
-        return _bits(repr((action, self.step, self.local_steps_done)).encode() + self.tracker.description())
+        return number_of(repr((action, self.step, self.local_steps_done)).encode() + self.tracker.description())
 
     def _hear_check(self) -> bool:
         """Return whether ranks agree on this step, and none has to wait for overflows; never waits: a hook may ask."""
@@ -252,22 +259,16 @@ class Reducer(abc.ABC):
 
     def _require_same_calls(self, verdict: Verdict, action: str) -> None:
         """Raise the same error on every rank unless all are in one method, with the same parameters (collective)."""
-        self._check.launch([_bits(self.tracker.description()), _bits(action.encode())])
+        self._check.launch([number_of(self.tracker.description()), number_of(action.encode())])
         parameters, actions = self._check.finish().equal
         if not actions:
             self.forget_agreement()
-            raise RuntimeError(
-                f"DistributedOptimizer: ranks are in different methods (rank {self.comm.rank} is in {action}). step(), "
-                "consensus(), flush() and adopt_parameters() exchange data: call them on all ranks, in the same order"
-            )
+            raise different_methods_error(self.comm.rank, action)
         if parameters:
             return
         if verdict.present == self.comm.size:
             agree(self.comm, [parameter_item(entry) for entry in self.tracker.entries()])
-        raise ValueError(
-            f"DistributedOptimizer: ranks have different parameters, or have frozen others (this is rank "
-            f"{self.comm.rank}). Add, freeze and unfreeze parameters on all ranks alike"
-        )
+        raise different_parameters_error(self.comm.rank)
 
     def forget_agreement(self) -> None:
         """Let the next step be checked anew: ranks have agreed for something that was no step."""
@@ -306,8 +307,3 @@ class Reducer(abc.ABC):
             self.on_moved(None if former is None else former[1])
             self.recorder.exclude_bytes(before)
         self._place = self._place_now
-
-
-def _bits(content: bytes) -> int:
-    """Return a hash of 63 bits."""
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little") >> 1

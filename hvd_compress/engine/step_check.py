@@ -11,6 +11,7 @@ Horovod has seen it before and answers from its cache. A rank that has joined ta
 
 from __future__ import annotations
 
+import hashlib
 from typing import NamedTuple, Optional, Sequence, Union
 
 import torch
@@ -117,6 +118,27 @@ def ranks_joined_error(rank: int) -> RuntimeError:
         f"{RANKS_JOINED} (rank {rank}; the payloads of this algorithm cannot be summed by an allreduce). Nothing was "
         "exchanged and nothing is lost"
     )
+
+
+def different_methods_error(rank: int, action: str) -> RuntimeError:
+    """Return the error for ranks that have met in different methods, to be raised on every rank."""
+    return RuntimeError(
+        f"DistributedOptimizer: ranks are in different methods (rank {rank} is in {action}). step(), consensus(), "
+        "flush() and adopt_parameters() exchange data: call them on all ranks, in the same order"
+    )
+
+
+def different_parameters_error(rank: int) -> ValueError:
+    """Return the error for ranks with different parameters, to be raised on every rank."""
+    return ValueError(
+        f"DistributedOptimizer: ranks have different parameters, or have frozen others (this is rank {rank}). Add, "
+        "freeze and unfreeze parameters on all ranks alike"
+    )
+
+
+def number_of(content: bytes) -> int:
+    """Return a hash of 63 bits, as a number that can be compared."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little") >> 1
 
 
 def _words(number: int) -> list[int]:
