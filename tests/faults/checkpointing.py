@@ -75,7 +75,10 @@ def share_all() -> None:
         model, optimizer = make(compression, seed=1)
         assert checkpoint.load(WHERE / name, model, optimizer) == {"done": 50}
         found = points(model, optimizer)
-        assert torch.equal(found["x"], noted["x"]), f"the shared model of {name}"
+        if name == "liec":  # its model is the mean of the ranks' own, which rounds
+            close(found["x"], noted["x"], 1e-6, "shared model of liec")
+        else:
+            assert torch.equal(found["x"], noted["x"]), f"the shared model of {name}"
         close(found["y"], noted["y"], 1e-6, f"virtual iterate of {name}")
         train(model, optimizer, 10, harmonic_rate, first=50)
         same_everywhere(shared_model(model, optimizer), f"x of {name}, trained on {hvd.size()} ranks")

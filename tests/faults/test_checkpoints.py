@@ -20,12 +20,21 @@ def run(what: str, directory: Path, ranks: int) -> str:
     return outcome.output
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.full), pytest.param(4, marks=pytest.mark.full)])
-def test_new_processes_go_on_to_the_bit_and_on_other_numbers_of_ranks(ranks: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("ranks", "others"),
+    [
+        (2, (3,)),
+        pytest.param(3, (1, 2, 5), marks=pytest.mark.full),
+        pytest.param(4, (1, 2, 5), marks=pytest.mark.full),
+    ],
+)
+def test_new_processes_go_on_to_the_bit_and_on_other_numbers_of_ranks(
+    ranks: int, others: tuple[int, ...], tmp_path: Path
+) -> None:
     run("train", tmp_path, ranks)
     run("resume", tmp_path, ranks)
-    for others in (1, 3) if ranks == 2 else (1, 2, 5):
-        run("share", tmp_path, others)
+    for other in others:
+        run("share", tmp_path, other)
 
 
 def test_killed_while_writing_the_last_whole_checkpoint_loads(tmp_path: Path) -> None:

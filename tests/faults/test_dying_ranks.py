@@ -11,15 +11,15 @@ from tests.multirank.support.harness import launch
 
 SCRIPT = str(Path(__file__).parent / "dying.py")
 CASES = [
-    ("raise", "step", "def", 2, "gloo"),
     ("raise", "backward", "ef", 3, "gloo"),
-    ("exit", "step", "def", 3, "gloo"),
-    ("exit", "backward", "dense", 2, "mpi"),
     ("raise", "exchange", "alltoall", 2, "gloo"),
     ("exit", "exchange", "tree", 3, "mpi"),
     *(
         pytest.param(*case, marks=pytest.mark.full)
         for case in (
+            ("raise", "step", "def", 2, "gloo"),
+            ("exit", "step", "def", 3, "gloo"),
+            ("exit", "backward", "dense", 2, "mpi"),
             ("exit", "exchange", "alltoall", 3, "gloo"),
             ("raise", "exchange", "alltoall", 2, "mpi"),
             ("raise", "exchange", "allgather", 2, "gloo"),

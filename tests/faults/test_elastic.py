@@ -10,13 +10,14 @@ import pytest
 from tests.multirank.support.harness import environment, supervise
 
 CASES = [
-    ("def", "momentum", 1, 2),
     ("ef", "momentum", 1, 2),
-    ("dist-ef", "momentum", 2, 1),
-    ("liec", "momentum", 3, 2),
+    ("dist-ef", "momentum", 3, 2),
     *(
         pytest.param(*case, marks=pytest.mark.full)
         for case in (
+            ("def", "momentum", 1, 2),
+            ("dist-ef", "momentum", 2, 1),
+            ("liec", "momentum", 3, 2),
             ("def", "none", 1, 2),
             ("dist-ef", "none", 1, 2),
             ("liec", "none", 1, 2),

@@ -10,7 +10,7 @@ import torch
 from hvd_compress import Dense
 from tests.multirank.support.algorithm_cases import EXACT, LOSSY, LOSSY_WITH_OPTIONS, has_local_models
 from tests.multirank.support.assertions import close, same_everywhere
-from tests.multirank.support.cases import cases
+from tests.multirank.support.cases import cases, more_in_full
 from tests.multirank.support.networks import flat, network
 from tests.multirank.support.training import make, mean_gradient, shared_model, take_step, virtual_iterate, wrap
 
@@ -21,8 +21,8 @@ FIRST = 5 * 7 + 7  # elements of the first layer
 
 @cases(
     compression=(EXACT, LOSSY_WITH_OPTIONS),
-    momentum=(0.0, 0.9),
-    weight_decay=(0.0, 0.1),
+    momentum=more_in_full((0.9,), (0.0,)),
+    weight_decay=more_in_full((0.1,), (0.0,)),
 )
 def check_a_frozen_layer_keeps_its_bits(compression: Any, momentum: float, weight_decay: float) -> None:
     model, optimizer = make(compression, lr=0.1, momentum=momentum, weight_decay=weight_decay)

@@ -9,7 +9,7 @@ import torch
 
 from hvd_compress import Dense
 from tests.multirank.support.algorithm_cases import EXACT, LOSSY, LOSSY_WITH_OPTIONS, exchanges_updates
-from tests.multirank.support.cases import cases
+from tests.multirank.support.cases import cases, more_in_full
 from tests.multirank.support.internals import residuals, step_count
 from tests.multirank.support.networks import flat, loss_of
 from tests.multirank.support.training import harmonic_rate, make, take_step, train
@@ -75,7 +75,9 @@ def without_synchronize(model: Any, optimizer: Any) -> None:
     optimizer.zero_grad()
 
 
-WAYS = (by_zero_grad, by_zero_grad_in_place, by_setting_none, by_loading_a_state, by_passes, without_synchronize)
+WAYS = more_in_full(
+    (by_zero_grad, by_loading_a_state, without_synchronize), (by_zero_grad_in_place, by_setting_none, by_passes)
+)
 
 
 @cases(compression=(Dense(), LOSSY_WITH_OPTIONS), give_up=WAYS)

@@ -14,7 +14,7 @@ import torch
 from hvd_compress import DEF, EF, Dense, Policy
 from tests.multirank.support.algorithm_cases import BLOCK, EXACT, LOSSY, LOSSY_WITH_OPTIONS, exchanges_updates
 from tests.multirank.support.assertions import raises, same_everywhere
-from tests.multirank.support.cases import cases, several_ranks
+from tests.multirank.support.cases import cases, more_in_full, several_ranks
 from tests.multirank.support.internals import residuals, step_count
 from tests.multirank.support.networks import flat, loss_of, network
 from tests.multirank.support.training import harmonic_rate, make, sgd, take_step, train, wrap
@@ -46,7 +46,7 @@ def spoiled_step(model: Any, optimizer: Any, value: float = math.nan) -> None:
     optimizer.step()
 
 
-@cases(compression=(EXACT, LOSSY_WITH_OPTIONS), value=NUMBERS)
+@cases(compression=(EXACT, LOSSY_WITH_OPTIONS), value=more_in_full(NUMBERS[:1], NUMBERS[1:]))
 def check_it_is_seen_on_every_rank_and_kept_in_no_residual(compression: Any, value: float) -> None:
     """By default as with Horovod: in p.grad after synchronize() or in the model, of that parameter on all ranks."""
     model, optimizer = make(compression)
@@ -90,7 +90,10 @@ def check_training_goes_on_after_a_repair(compression: Any, repaired: str) -> No
         same_everywhere(flat(model), f"x, {compression}")
 
 
-@cases(compression=(Dense(), LOSSY, Policy(EF(BLOCK), dense_dims=1), DEF(BLOCK, local_steps=2)), value=NUMBERS[:2])
+@cases(
+    compression=(Dense(), LOSSY, Policy(EF(BLOCK), dense_dims=1), DEF(BLOCK, local_steps=2)),
+    value=more_in_full(NUMBERS[1:2], NUMBERS[:1]),
+)
 def check_raise_names_parameter_and_rank_and_loses_nothing(compression: Any, value: float) -> None:
     """After the error everything is as before the step, and training goes on as if it had not been tried."""
     results = []

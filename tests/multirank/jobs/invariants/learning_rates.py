@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, OneCycleLR
 
 from hvd_compress import DEF, EF, LIEC, BlockSign, Dense, DistEF, LowRank, RandomBlock, TopK
-from tests.multirank.support.cases import cases
+from tests.multirank.support.cases import cases, more_in_full
 from tests.multirank.support.training import wrap
 
 RANKS = (2,)
@@ -46,7 +46,11 @@ def losses(compression: Any, schedule: str, nesterov: bool) -> list[float]:
     return mean
 
 
-@cases(compression=(Dense(), *GRADIENTS, *UPDATES), schedule=("restarts", "one cycle"), nesterov=(False, True))
+@cases(
+    compression=(Dense(), *GRADIENTS, *UPDATES),
+    schedule=more_in_full(("restarts",), ("one cycle",)),
+    nesterov=more_in_full((True,), (False,)),
+)
 def check_no_explosion_when_the_rate_rises_again(compression: Any, schedule: str, nesterov: bool) -> None:
     found = losses(compression, schedule, nesterov)
     assert all(math.isfinite(loss) for loss in found)

@@ -11,7 +11,7 @@ from hvd_compress import DEF, EF, CountSketch, GlobalSketch, GlobalTopK, LowRank
 from tests.multirank.support import reference, reference_flat
 from tests.multirank.support import reference_compressors as maps
 from tests.multirank.support.assertions import close, raises, same_everywhere
-from tests.multirank.support.cases import by_mpi, cases, only, several_ranks, without_mpi
+from tests.multirank.support.cases import by_mpi, cases, more_in_full, only, several_ranks, without_mpi
 from tests.multirank.support.compressor_cases import EXCHANGES, SKETCH, with_trees
 from tests.multirank.support.networks import flat, loss_of, network
 from tests.multirank.support.reference import joined
@@ -26,7 +26,7 @@ WHOLE = CountSketch(density=1.0, rows=3)
 TREE = GlobalSketch(SKETCH, "tree", dense_vectors=False)
 
 
-@cases(exchange=EXCHANGES, masking=(True, False))
+@cases(exchange=EXCHANGES, masking=more_in_full((True,), (False,)))
 def check_global_sketch(exchange: str, masking: bool) -> None:
     expected = reference_flat.global_sketch(
         hvd.size(), STEPS, 8, 4, maps.matrix_of(SKETCH), schedule, heavy_ball, masking

@@ -19,12 +19,13 @@ from hvd_compress import DEF, EF, LIEC, Dense, TopK, checkpoint
 from hvd_compress.checkpoint import background, files, saving
 from tests.multirank.support.algorithm_cases import BLOCK, EXACT, LOSSY_WITH_OPTIONS
 from tests.multirank.support.assertions import raises, same_everywhere
-from tests.multirank.support.cases import cases, requires, several_ranks
+from tests.multirank.support.cases import cases, more_in_full, requires, several_ranks
 from tests.multirank.support.internals import residuals, step_count
 from tests.multirank.support.networks import device_type, flat, loss_of, network
 from tests.multirank.support.training import harmonic_rate, make, sgd, train, wrap
 
-FULL_RANKS = (1,)
+RANKS = (3,)
+FULL_RANKS = (1, 2, 4)
 MPI_RANKS = (2,)
 scales_on_cpu = requires(hasattr(torch.amp, "GradScaler"))  # torch >= 2.3
 
@@ -77,7 +78,10 @@ def unchanged(model: nn.Module, optimizer: Any, call: Callable[[], Any]) -> None
 # -- resuming --------------------------------------------------------------------------------------------
 
 
-@cases(compression=(EXACT, LOSSY_WITH_OPTIONS, DEF(TopK(0.25), 1.0, local_steps=3)), late=(False, True))
+@cases(
+    compression=(EXACT, LOSSY_WITH_OPTIONS, DEF(TopK(0.25), 1.0, local_steps=3)),
+    late=more_in_full((True,), (False,)),
+)
 def check_resume_is_bit_exact(compression: Any, late: bool) -> None:
     """Written at once, or while the run goes on; 8 steps end within a period of local steps."""
     steps = 8

@@ -46,7 +46,12 @@ _KINDS_FULL: tuple[Any, ...] = (
 KINDS = more_in_full(_KINDS, _KINDS_FULL)
 
 
-@cases(before=KINDS, after=KINDS, flushed=(False, True), where=lambda before, after, flushed: before != after)
+@cases(
+    before=KINDS,
+    after=KINDS,
+    flushed=more_in_full((False,), (True,)),
+    where=lambda before, after, flushed: before != after,
+)
 def check_states_of_another_algorithm_load(before: Any, after: Any, flushed: bool) -> None:
     """The pending update is kept if it means the same; else it is lost with a warning, and without one if flushed."""
     what = f"from {before} to {after}, flushed={flushed}"

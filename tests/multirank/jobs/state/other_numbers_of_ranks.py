@@ -23,7 +23,8 @@ RANKS = (4,)
 FULL_RANKS = (5,)
 PROCESS_SETS = True
 STEPS = 10  # not one at which LIEC averages
-SEVERAL = PerJob(lambda job: ("3-5", "5-3") if job.ranks > 4 else ("4-2", "2-4", "4-1", "3-2"))
+QUICK, MORE, AT_FIVE = ("4-2", "2-4"), ("4-1", "3-2"), ("3-5", "5-3")
+SEVERAL = PerJob(lambda job: AT_FIVE if job.ranks > 4 else (*QUICK, *MORE) if job.full else QUICK)
 
 
 def first_ranks(number: int) -> Any:

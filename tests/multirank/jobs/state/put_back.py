@@ -13,7 +13,7 @@ from torch import nn
 from hvd_compress import DEF, EF, BlockSign, CountSketch, Dense, DistEF, GlobalSketch, TopK
 from tests.multirank.support.algorithm_cases import BLOCK, EXACT, LOSSY, LOSSY_WITH_OPTIONS, has_local_models
 from tests.multirank.support.assertions import close, same_everywhere
-from tests.multirank.support.cases import cases, several_ranks
+from tests.multirank.support.cases import cases, more_in_full, several_ranks
 from tests.multirank.support.networks import flat
 from tests.multirank.support.training import make, shared_model, take_step, train, virtual_iterate, wrap
 
@@ -40,7 +40,7 @@ def check_each_rank_puts_its_best_weights_back(compression: Any) -> None:
 
 @cases(
     compression=(Dense(), EF(TopK(1 / 8)), DEF(BLOCK), DEF(BlockSign()), DistEF(), GlobalSketch(CountSketch(1 / 50))),
-    row=(0, 50, 399),
+    row=more_in_full((50,), (0, 399)),
 )
 def check_a_row_that_all_ranks_write_alike_is_the_models(compression: Any, row: int) -> None:
     torch.manual_seed(0)

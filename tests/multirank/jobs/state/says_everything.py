@@ -10,7 +10,7 @@ import torch
 from hvd_compress import DEF, Dense
 from tests.multirank.support.algorithm_cases import BLOCK, EXACT, LOSSY, LOSSY_WITH_OPTIONS, has_local_models
 from tests.multirank.support.assertions import same_everywhere
-from tests.multirank.support.cases import cases
+from tests.multirank.support.cases import cases, more_in_full
 from tests.multirank.support.networks import flat, network
 from tests.multirank.support.training import make, shared_model, train
 
@@ -62,7 +62,7 @@ def check_what_a_state_does_not_hold_is_not_kept(compression: Any, saved_by: str
     assert torch.equal(*ends), f"{compression}"
 
 
-@cases(compression=(EXACT, LOSSY_WITH_OPTIONS), momentum=(0.0, 0.9))
+@cases(compression=(EXACT, LOSSY_WITH_OPTIONS), momentum=more_in_full((0.9,), (0.0,)))
 def check_the_optimizer_alone_goes_back(compression: Any, momentum: float) -> None:
     """The model is kept, momentum and residuals are forgotten, and replicas stay equal."""
     model, optimizer = make(compression, momentum=momentum)
