@@ -23,6 +23,7 @@ from tests.multirank.support.algorithm_cases import BLOCK
 from tests.multirank.support.assertions import close, same_everywhere
 from tests.multirank.support.networks import flat
 from tests.multirank.support.training import harmonic_rate, make, shared_model, train, virtual_iterate
+from tests.multirank.support.waiting import wait_without_spinning, yield_to_other_ranks
 
 WHAT, WHERE = sys.argv[1], Path(sys.argv[2])
 ALGORITHMS: dict[str, Any] = {
@@ -111,6 +112,8 @@ def revive() -> None:
     assert [found.name for found in (WHERE / "killed").iterdir()] == ["step-00000011"], path
 
 
+wait_without_spinning()
 hvd.init()
+yield_to_other_ranks()
 {"train": train_all, "resume": resume_all, "share": share_all, "die": die, "revive": revive}[WHAT]()
 print("to the end", flush=True)

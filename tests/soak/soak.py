@@ -36,6 +36,7 @@ from hvd_compress import (
     RandomK,
     TopK,
 )
+from tests.multirank.support.waiting import wait_without_spinning, yield_to_other_ranks
 
 ALGORITHMS: tuple[Any, ...] = (
     Dense(),
@@ -206,7 +207,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    wait_without_spinning()
     hvd.init()
+    yield_to_other_ranks()
     rounds = 3
     share = max(20, args.steps // (rounds * len(ALGORITHMS)))
     memory = []

@@ -17,7 +17,7 @@ import horovod.torch as hvd
 import torch
 
 from tests.multirank.support.cases import FULL, Job, calls
-from tests.multirank.support.waiting import wait_without_spinning
+from tests.multirank.support.waiting import wait_without_spinning, yield_to_other_ranks
 
 
 def main() -> None:
@@ -33,6 +33,7 @@ def main() -> None:
     torch.set_num_threads(1)
     wait_without_spinning()
     hvd.init()
+    yield_to_other_ranks()
     if "HVD_COMPRESS_TEST_DEVICE" in os.environ:
         torch.set_default_device(os.environ["HVD_COMPRESS_TEST_DEVICE"])
     directory = os.environ.get("HVD_COMPRESS_NOTES")
