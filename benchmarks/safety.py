@@ -1,7 +1,6 @@
 """Cost of what keeps a run safe: checks of every step, many small parameters, checkpoints. Two ranks on this host.
 
-    .venv/bin/python benchmarks/safety.py             about five minutes
-    .venv/bin/python benchmarks/safety.py --steps 3   fewer steps
+    .venv/bin/python benchmarks/safety.py --batch 8 --steps 5
 
 Write benchmarks/results/safety.json; no root needed.
 """
