@@ -24,11 +24,11 @@ from hvd_compress.checkpoint.files import (
 )
 from hvd_compress.checkpoint.structure import FlatState, flatten
 from hvd_compress.checkpoint.together import (
-    common,
     communicator_of,
     gather_results,
     on_first_rank,
     require_between_steps,
+    require_common,
     together,
 )
 from hvd_compress.comm.communicator import Communicator
@@ -123,26 +123,33 @@ def save(
     """
     comm = communicator_of("save", optimizer)
     root = Path(directory)
+    number = optimizer._reducer.step if step is None else step
+    state = FlatState("", {})
 
-    def prepare() -> FlatState:
+    def prepare() -> dict[str, Any]:
+        nonlocal state
         finish_last(optimizer)
         _check_arguments(step, keep, asynchronous, timeout)
         require_between_steps("save", optimizer)
-        return flatten(_full_state(model, optimizer, extra), dtype_names())
+        state = flatten(_full_state(model, optimizer, extra), dtype_names())
+        return {"step": int(number), "keep": int(keep), "asynchronous": asynchronous}
 
-    state = together(comm, "prepare", prepare)
-    number = optimizer._reducer.step if step is None else int(step)
-    common(comm, "save", {"step": number, "keep": int(keep), "asynchronous": asynchronous})
+    require_common("save", gather_results(comm, "prepare", prepare))
+    number = int(number)
     token = on_first_rank(comm, "open", lambda: _open(root, number))
     place = Place(number, comm.rank, comm.size, token)
     path = layout.step_directory(root, number)
-    together(comm, "shared", lambda: _require_shared(path / _marker(token)))
+
+    def begin() -> FlatState:
+        _require_shared(path / _marker(token))
+        return copy_to_host(state) if asynchronous else state
+
+    ready = together(comm, "begin", begin)
     if not asynchronous:
-        _write_now(comm, root, place, state, keep)
+        _write_now(comm, root, place, ready, keep)
         return path
-    copied = together(comm, "copied", lambda: copy_to_host(state))
     agreement = FileAgreement(root, place, keep, timeout)
-    pending = PendingSave(path, lambda: agreement.conclude(lambda: write_state(path, place, copied)))
+    pending = PendingSave(path, lambda: agreement.conclude(lambda: write_state(path, place, ready)))
     remember(optimizer, pending)
     return pending
 

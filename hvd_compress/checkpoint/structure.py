@@ -66,7 +66,7 @@ def unflatten(text: str, tensors: Mapping[str, Tensor]) -> Any:
     def tensor(name: str, strides: Any) -> Tensor:
         if name not in placed:
             found = tensors[name]
-            strides = torch.empty(found.shape, device="meta").stride() if strides is None else strides
+            strides = _contiguous(found.shape) if strides is None else strides
             placed[name] = torch.empty_strided(found.shape, strides, dtype=found.dtype, device="cpu").copy_(found)
         return placed[name]
 
@@ -122,9 +122,11 @@ class _Flattener:
         if name is None:
             name = self._names[same] = self._unused_name(path)
             self.tensors[name] = tensor.detach()
+        usual = _contiguous(tensor.shape)
+        if tensor.stride() == usual:
+            return {"tensor": [name, None]}
         # The strides that a copy has: convolutions choose their algorithm, and so their rounding, by them.
         strides = torch.empty_like(tensor.detach(), device="meta").stride()
-        usual = torch.empty(tensor.shape, device="meta").stride()
         return {"tensor": [name, None if strides == usual else list(strides)]}
 
     def _require_plain(self, tensor: Tensor, path: str) -> None:
@@ -140,6 +142,15 @@ class _Flattener:
         """Return ``path``, or one like it, as a name that safetensors can hold and no tensor has."""
         name = path.encode("utf-8", "backslashreplace").decode("utf-8")
         return f"{name}#{len(self.tensors)}" if name in self.tensors or name == "__metadata__" else name
+
+
+def _contiguous(shape: torch.Size) -> tuple[int, ...]:
+    """Return the strides of a new tensor."""
+    strides, count = [], 1
+    for extent in reversed(shape):
+        strides.append(count)
+        count *= max(extent, 1)
+    return tuple(reversed(strides))
 
 
 def _join(path: str, key: Any) -> str:

@@ -87,11 +87,10 @@ def require_between_steps(caller: str, optimizer: Any) -> None:
         )
 
 
-def common(comm: Communicator, caller: str, values: dict[str, Any]) -> None:
-    """Raise ValueError on every rank unless all give the same ``values``, which are numbers or None by argument."""
-    everyone = comm.gather_objects(values, "checkpoint.arguments")
+def require_common(caller: str, everyone: list[dict[str, Any]]) -> None:
+    """Raise ValueError unless all ranks have given the same values, by argument, to ``caller``."""
     for rank, other in enumerate(everyone):
-        different: Optional[str] = next((key for key in values if other[key] != everyone[0][key]), None)
+        different: Optional[str] = next((key for key in other if other[key] != everyone[0][key]), None)
         if different is not None:
             raise ValueError(
                 f"{caller}: rank 0 has {different}={everyone[0][different]!r} and rank {rank} has "

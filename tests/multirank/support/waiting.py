@@ -39,5 +39,5 @@ def yield_to_other_ranks() -> None:
     if sys.platform == "linux":
         for thread in map(int, os.listdir("/proc/self/task")):
             if thread != threading.get_native_id():
-                with contextlib.suppress(ProcessLookupError):  # it has ended
+                with contextlib.suppress(ProcessLookupError, PermissionError):  # it has ended; a container forbids it
                     os.sched_setscheduler(thread, os.SCHED_IDLE, os.sched_param(0))
