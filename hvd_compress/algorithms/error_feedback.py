@@ -161,12 +161,7 @@ class _EFState(GradientState):
         return self._residual.flat
 
     def pending_gradient(self) -> Optional[Tensor]:
-        pending = self.bucket.flat_buffer(
-            self.bucket.state_dtype, self._residual.flat * float(self._context.sum_factor)
-        )
-        for i in self.inactive:
-            pending.views[i].zero_()
-        return pending.flat
+        return self._active(self._residual.flat).mul_(self._context.sum_factor)
 
     def reset(self) -> None:
         super().reset()

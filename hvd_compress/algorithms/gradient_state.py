@@ -138,6 +138,13 @@ class GradientState(BucketState):
         self.bucket.write_params(point, self.inactive)
         self.clear_residual()
 
+    def _active(self, flat: Tensor) -> Tensor:
+        """Return a copy of ``flat`` with zeros for the parameters that rest."""
+        copy = self.bucket.flat_buffer(self.bucket.state_dtype, flat.clone())
+        for i in self.inactive:
+            copy.views[i].zero_()
+        return copy.flat
+
     def take_over(self, point: Optional[Tensor], pending: Optional[Tensor]) -> None:
         self.discard_step()
         self.set_inactive(frozenset())

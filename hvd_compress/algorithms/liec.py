@@ -220,10 +220,7 @@ class _LIECState(GradientState):
     def pending_gradient(self) -> Optional[Tensor]:
         pending = self._exchange.server_pending()
         if self._carried is not None:
-            carried = self.bucket.flat_buffer(self.bucket.state_dtype, self._carried.flat.clone())
-            for i in self.inactive:
-                carried.views[i].zero_()
-            pending.add_(carried.flat)
+            pending.add_(self._active(self._carried.flat))
         return pending.mul_(self._context.sum_factor)
 
     def clear_residual(self) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import abc
-from typing import Any, Sequence
+from typing import Any, Optional, Sequence
 
+import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
@@ -39,6 +40,11 @@ class IndexCodec(SummableCodec):
         self._counts, self._device = list(counts), device
         self.numel = sum(self._counts)
         self._index = torch.zeros(self.numel, dtype=torch.int64, device=device)
+        numels = np.array(layout.numels, dtype=np.int64)
+        # Of each coordinate, where its tensor begins; not needed where tensors are written all at once.
+        self._begins: Optional[Tensor] = None
+        if layout.total >= SMALL * len(numels):
+            self._begins = upload(np.repeat(np.cumsum(numels) - numels, self._counts), device)
 
     @abc.abstractmethod
     def draw(self, step: int) -> npt.NDArray[Any]:
@@ -63,14 +69,11 @@ class IndexCodec(SummableCodec):
         flat.index_fill_(0, self._index, 0.0)
 
     def write_tensors(self, payload: Tensor, tensors: Sequence[Tensor]) -> None:
-        numels = self.layout.numels
-        if self.layout.total < SMALL * len(numels):
+        if self._begins is None:
             together = torch.cat(list(tensors))
             together.index_copy_(0, self._index, payload.to(together.dtype))
-            torch._foreach_copy_(list(tensors), list(pieces(together, numels)))
+            torch._foreach_copy_(list(tensors), list(pieces(together, self.layout.numels)))
             return
-        begin = 0
-        parts = zip(tensors, numels, pieces(self._index, self._counts), pieces(payload, self._counts))
-        for tensor, numel, index, values in parts:
-            tensor.index_copy_(0, index - begin, values.to(tensor.dtype))
-            begin += numel
+        indices = pieces(self._index - self._begins, self._counts)
+        for tensor, index, values in zip(tensors, indices, pieces(payload, self._counts)):
+            tensor.index_copy_(0, index, values.to(tensor.dtype))

@@ -14,9 +14,9 @@ from hvd_compress.engine import grad_scaler, sparse
 from hvd_compress.engine.agreement import Options
 from hvd_compress.engine.autograd_hooks import no_compile
 from hvd_compress.engine.learning_rate import RatesInBackward, rate_of
-from hvd_compress.engine.nonfinite import Flags, flags_of
+from hvd_compress.engine.nonfinite import Flags, any_set, flags_of, look_at
 from hvd_compress.engine.reducer import Reducer
-from hvd_compress.finite import nonfinite_flags, poison
+from hvd_compress.finite import poison
 
 
 class GradientReducer(Reducer):
@@ -76,7 +76,7 @@ class GradientReducer(Reducer):
         with self.recorder.timing("encode_seconds"):
             state.start(self.step, gradients, rate_of(self.optimizer, state.bucket, self.tracker.scaler_now))
             if not state.has_residual and self.algorithm.nonfinite != "propagate":
-                state.nonfinite = self._look_at(gradients, state.bucket.device)
+                state.nonfinite = look_at(gradients, state.bucket.device)
         self._started.add(index)
 
     # -- in synchronize() --------------------------------------------------------------------------------
@@ -117,13 +117,10 @@ class GradientReducer(Reducer):
         flags = [flags_of(state) for state in self.states] if any(s.nonfinite is not None for s in self.states) else []
         if self._partition.sparse and self.algorithm.nonfinite != "propagate":
             names = [self.tracker.names[p] for p in self._partition.sparse]
-            values = [None if p.grad is None else p.grad._values() for p in self._partition.sparse]
-            flags.append(Flags(names, self._look_at(values, self._partition.sparse[0].device)))
+            flags.append(
+                Flags(names, look_at([p.grad for p in self._partition.sparse], self._partition.sparse[0].device))
+            )
         self._nonfinite.launch(flags)
-
-    def _look_at(self, gradients: Sequence[Optional[Tensor]], device: torch.device) -> Tensor:
-        nothing = torch.zeros(0, device=device)
-        return nonfinite_flags([nothing if g is None else g for g in gradients])
 
     def _act_on_nonfinite(self) -> None:
         """Let every rank see the infinities and nan that any has found in its gradients: see ``Algorithm.nonfinite``.
@@ -138,7 +135,7 @@ class GradientReducer(Reducer):
                 gradients = [cast(Tensor, state.bucket.parameters[i].grad) for i in found]
                 values = [g._values() if g.is_sparse else g for g in gradients]
                 poison(values, flags if len(found) == len(flags) else flags[found])
-        elif any(bool(flags.any()) for flags in counts):
+        elif any_set(counts):
             self._refuse_nonfinite("gradient")
 
     def _exchange(self) -> None:
@@ -208,10 +205,13 @@ class GradientReducer(Reducer):
             self.recorder.close_step()
 
     def discard_step(self) -> None:
+        self._discard_exchange()
+        super().discard_step()
+
+    def _discard_exchange(self) -> None:
         for state in self.states:
             state.discard_step()
         self._end_exchange()
-        super().discard_step()
 
     def _end_exchange(self) -> None:
         self._exchanged = False
@@ -235,10 +235,8 @@ class GradientReducer(Reducer):
             used = left is not None and parameter.grad is left and left._version == version + 1
         if used:
             self.before_step()
-            return
-        for state in self.states:
-            state.discard_step()
-        self._end_exchange()
+        else:
+            self._discard_exchange()
 
     def has_new_gradients(self) -> bool:
         """Return whether this rank has gradients that no exchange has seen, also such as were not made by backward."""

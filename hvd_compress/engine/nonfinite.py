@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Sequence
+from typing import NamedTuple, Optional, Sequence
 
 import torch
 from torch import Tensor
 
 from hvd_compress.algorithms.base import State
 from hvd_compress.comm.communicator import Communicator, Handle, Sum
+from hvd_compress.finite import nonfinite_flags
 from hvd_compress.telemetry import Recorder
 
 
@@ -66,6 +67,17 @@ class NonfiniteCheck:
             f"({listed}; this is rank {self._comm.rank}). Residuals hold none. Look at the loss and the data of that "
             "rank; nonfinite='skip' leaves steps with such gradients out on all ranks"
         )
+
+
+def look_at(gradients: Sequence[Optional[Tensor]], device: torch.device) -> Tensor:
+    """Return for each gradient, dense, sparse or missing, 1.0 if it holds an infinity or nan, else 0.0."""
+    nothing = torch.zeros(0, device=device)
+    return nonfinite_flags([nothing if g is None else g._values() if g.is_sparse else g for g in gradients])
+
+
+def any_set(counts: Sequence[Tensor]) -> bool:
+    """Return whether a rank has set one of the flags (the host waits for them)."""
+    return any(bool(flags.any()) for flags in counts)
 
 
 def flags_of(state: State) -> Flags:

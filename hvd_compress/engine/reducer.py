@@ -143,9 +143,8 @@ class Reducer(abc.ABC):
     def set_passes(self, passes: int) -> None:
         """Change the number of backward passes per step and count anew; a step that has begun is given up."""
         self._check.forget(wait=not is_elastic())
-        self.discard_step()
         self.tracker.passes = passes
-        self.reset_pass_counts()
+        self.discard_step()
 
     def reset_pass_counts(self) -> None:
         """Count backward passes anew."""

@@ -16,10 +16,9 @@ from hvd_compress.comm.communicator import Average, Communicator, Reduction, Sum
 from hvd_compress.engine import local_gradients
 from hvd_compress.engine.agreement import Options
 from hvd_compress.engine.learning_rate import learning_rate
-from hvd_compress.engine.nonfinite import Flags, flags_of
+from hvd_compress.engine.nonfinite import Flags, any_set, flags_of, look_at
 from hvd_compress.engine.overwritten import Overwritten
 from hvd_compress.engine.reducer import STEP, Reducer
-from hvd_compress.finite import nonfinite_flags
 
 _DIFFERENT_AT_FIRST = (
     "hvd_compress: at the first step parameters differ between ranks (this is rank {rank}); call "
@@ -121,14 +120,14 @@ class UpdateReducer(Reducer):
         """
         if self.algorithm.nonfinite == "propagate" or self.has_closure:
             return False
-        nothing = torch.zeros(0, device="cpu")
-        flags = []
-        for state in self.states:
-            gradients = [nothing.to(state.bucket.device) if p.grad is None else p.grad for p in state.bucket.parameters]
-            values = [g._values() if g.is_sparse else g for g in gradients]
-            flags.append(Flags(state.bucket.layout.names, nonfinite_flags(values)))
-        self._nonfinite.launch(flags)
-        if any(bool(counts.any()) for counts in self._nonfinite.finish()):
+        buckets = [state.bucket for state in self.states]
+        self._nonfinite.launch(
+            [
+                Flags(bucket.layout.names, look_at([p.grad for p in bucket.parameters], bucket.device))
+                for bucket in buckets
+            ]
+        )
+        if any_set(self._nonfinite.finish()):
             self._refuse_nonfinite("gradient")
         return self.skips_step
 
@@ -224,5 +223,5 @@ class UpdateReducer(Reducer):
         counts = self._nonfinite.finish()
         for state, flags in zip(self.states, counts):
             state.poison(flags)
-        if self.algorithm.nonfinite != "propagate" and any(bool(flags.any()) for flags in counts):
+        if self.algorithm.nonfinite != "propagate" and any_set(counts):
             raise self._nonfinite.error(self.step, "update")

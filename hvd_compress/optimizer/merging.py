@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hvd_compress.algorithms.bucket_state import RESIDUAL_KINDS, SavedParameter
 from hvd_compress.digest import digest
-from hvd_compress.optimizer.saved_state import KEY, find_bucket, parts_of
+from hvd_compress.optimizer.saved_state import KEY, find_bucket, numbers_of, parts_of
 
 _DTYPES = {str(dtype): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
 
@@ -110,9 +110,8 @@ class MergedBucket:
     def finish(self) -> dict[str, Any]:
         """Return the bucket as any rank can load it."""
         state = self._first["state"]
-        numbers = {k: v for k, v in state.items() if k not in ("buffers", "begins")}
-        kept = {k: v for k, v in state["buffers"].items() if k not in RESIDUAL_KINDS | {"local"}}
-        buffers = dict(kept)
+        numbers = numbers_of(state)
+        buffers = {k: v for k, v in state["buffers"].items() if k not in RESIDUAL_KINDS | {"local"}}
         if self._pending and all(p is not None for p in self._pending):
             buffers["residual"] = self._pending
         if self._local and all(p is not None for p in self._local):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import reprlib
 from typing import Any, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from hvd_compress.algorithms.base import State
@@ -50,11 +51,7 @@ def require_fitting(states: Sequence[State], buckets: Sequence[Mapping[str, Any]
     for bucket in buckets:
         for kind in {"shared", "local", "residual", "carried"} & set(bucket["state"]["buffers"]):
             for name, view in zip(bucket["names"], bucket["state"]["buffers"][kind]):
-                if view.shape != shapes.get(name, view.shape):
-                    raise ValueError(
-                        f"load_state_dict: {kind} of parameter {name!r} has shape {tuple(view.shape)} in the saved "
-                        f"state and {tuple(shapes[name])} here; load a state of the same model"
-                    )
+                _require_shape(kind, name, view, shapes.get(name, view.shape))
 
 
 def require_same_kinds(state: State, saved: Mapping[str, Any]) -> None:
@@ -68,11 +65,16 @@ def require_same_kinds(state: State, saved: Mapping[str, Any]) -> None:
         if kind not in own["buffers"] and kind not in ("carried", "local"):
             raise ValueError(f"load_state_dict: unknown buffers {kind!r} of parameter {first!r} in the saved state")
         for name, view, here in zip(state.bucket.layout.names, views, own["buffers"].get(kind, ())):
-            if view.shape != here.shape:
-                raise ValueError(
-                    f"load_state_dict: {kind} of parameter {name!r} has shape {tuple(view.shape)} in the saved state "
-                    f"and {tuple(here.shape)} here; load a state of the same model"
-                )
+            _require_shape(kind, name, view, here.shape)
+
+
+def _require_shape(kind: str, name: str, view: Tensor, shape: torch.Size) -> None:
+    """Raise ValueError unless a saved tensor has the shape that it has here."""
+    if view.shape != shape:
+        raise ValueError(
+            f"load_state_dict: {kind} of parameter {name!r} has shape {tuple(view.shape)} in the saved state and "
+            f"{tuple(shape)} here; load a state of the same model"
+        )
 
 
 def _require_section(ours: Any) -> None:
