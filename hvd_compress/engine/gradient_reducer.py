@@ -30,8 +30,9 @@ class GradientReducer(Reducer):
         self._ready: list[int] = []  # of each bucket, the number of its gradients that are final
         self._complete: list[int] = []  # buckets that only wait for the step's check
         self._started: set[int] = set()
-        # What p.grad was given by an exchange that no step has used yet, with the version of its content.
-        self._left: dict[Parameter, tuple[Tensor, int]] = {}
+        # What p.grad was given by an exchange that no step has used yet, and the versions of its content.
+        self._left: dict[Parameter, Tensor] = {}
+        self._versions: dict[Parameter, int] = {}
         self._exchanged = False
 
     @property
@@ -109,7 +110,8 @@ class GradientReducer(Reducer):
             # Also after a failed collective: an elastic job goes on from here.
             self.reset_pass_counts()
         self._exchanged = True
-        self._act_on_nonfinite()
+        self._act_on_nonfinite()  # may write into the results
+        self._versions = {parameter: result._version for parameter, result in self._left.items()}
         return False
 
     def _launch_nonfinite(self) -> None:
@@ -156,7 +158,7 @@ class GradientReducer(Reducer):
             result = wait()
             if parameter.grad is not None or self.tracker.counts_passes:
                 parameter.grad = result
-                self._left[parameter] = (result, result._version)
+                self._left[parameter] = result
 
     def _write_gradients(self, state: GradientState) -> None:
         for index, (parameter, result) in enumerate(zip(state.bucket.parameters, state.finish())):
@@ -168,7 +170,7 @@ class GradientReducer(Reducer):
                 result = result.to_sparse(1)
             if parameter.grad is not result:
                 parameter.grad = result
-            self._left[parameter] = (result, result._version)
+            self._left[parameter] = result
 
     def wrap_closure(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         """Return a closure whose gradients are exchanged and whose loss is averaged each time it runs."""
@@ -216,6 +218,7 @@ class GradientReducer(Reducer):
     def _end_exchange(self) -> None:
         self._exchanged = False
         self._left.clear()
+        self._versions.clear()
 
     def _end_unused_step(self, parameter: Optional[Parameter] = None) -> None:
         """Take or give up an exchange that no step has followed, as new gradients have arrived.
@@ -229,10 +232,10 @@ class GradientReducer(Reducer):
         if not self._exchanged:
             return
         if parameter is None:
-            used = any(p.grad is left for p, (left, _) in self._left.items())
+            used = any(p.grad is left for p, left in self._left.items())
         else:
-            left, version = self._left.get(parameter, (None, 0))
-            used = left is not None and parameter.grad is left and left._version == version + 1
+            left = self._left.get(parameter)
+            used = left is not None and parameter.grad is left and left._version == self._versions[parameter] + 1
         if used:
             self.before_step()
         else:
@@ -241,7 +244,7 @@ class GradientReducer(Reducer):
     def has_new_gradients(self) -> bool:
         """Return whether this rank has gradients that no exchange has seen, also such as were not made by backward."""
         return self.tracker.fired or any(
-            p.grad is not None and p.grad is not self._left.get(p, (None, 0))[0] for p in self.tracker.tracked
+            p.grad is not None and p.grad is not self._left.get(p) for p in self.tracker.tracked
         )
 
     # -- bookkeeping -------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Callable
 
 import horovod.torch as hvd
@@ -140,13 +141,16 @@ def check_synchronize_without_new_gradients_does_nothing(compression: Any) -> No
     assert torch.equal(*results), f"{compression}"
 
 
-@cases(LOSSY)
-def check_gradients_added_to_what_was_synchronized_count(compression: Any) -> None:
-    """Backward after synchronize() adds to its results, if they are still there: both are used."""
+@cases(compression=LOSSY, factor=(1.0, math.nan))
+def check_gradients_added_to_what_was_synchronized_count(compression: Any, factor: float) -> None:
+    """Backward after synchronize() adds to its results, if they are still there: both are used.
+
+    Also where a rank had a nan: others are told of it by a second write into their results.
+    """
     model, optimizer = make(compression, lr=0.1, momentum=0.0)
     train(model, optimizer, 3, lambda t: 0.1)
     optimizer.zero_grad()
-    backward(model, 3)
+    backward(model, 3, factor if hvd.rank() == 0 else 1.0)
     optimizer.synchronize()
     backward(model, 4)
     optimizer.step()
