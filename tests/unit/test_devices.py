@@ -305,8 +305,8 @@ def test_adopting_overwritten_parameters(accelerator: Accelerator, coefficient: 
 def test_measured_coefficients_are_loaded_as_they_were_kept(accelerator: Accelerator) -> None:
     """A running mean kept on the device rounds otherwise than Python's numbers: resuming must be exact."""
     state = DEF(COMPRESSORS[0], "auto").attach(bucket(), Context(StubCommunicator()))  # type: ignore[arg-type]
+    numbers = {"coefficient": 0.3, "mean_square": 2.0, "square_mean": 0.6}
+    state.load_state_dict({**numbers, "local_coefficient": 0.25, "lr": 0.1, "has_unsent_local_steps": False})
     measured = state._measured  # type: ignore[attr-defined]
-    assert measured is not None
-    measured.load_state_dict({"coefficient": 0.3, "mean_square": 2.0, "square_mean": 0.6})
-    for number in (measured.coefficient, measured._mean_square, measured._square_mean):
+    for number in (measured.coefficient, measured._mean_square, measured._square_mean, state.points.coefficient):
         assert isinstance(number, Tensor) and number.device == DEVICE
