@@ -16,6 +16,8 @@ from hvd_compress.exchange import Context
 Groups = Union[int, Sequence[Sequence[Tensor]], None]
 # Number of ranks that buckets are cut for in an elastic job: ranks that join later must cut as the first ones did.
 ELASTIC_RANKS = 64
+# Bytes; no kernel loads more at once.
+ALIGNMENT = 256
 
 
 class Partition:
@@ -130,4 +132,17 @@ def cut_buckets(
         open_buckets.setdefault(key, []).append(entry)
         filled[key] = filled.get(key, 0.0) + p.numel() * p.element_size()
     closed.extend(open_buckets.values())
-    return [Bucket(f"{prefix}{i}", members, i) for i, members in enumerate(closed, first)]
+    return [Bucket(f"{prefix}{i}", _aligned(members), i) for i, members in enumerate(closed, first)]
+
+
+def _aligned(entries: Sequence[ParamEntry]) -> list[ParamEntry]:
+    """Return the entries in the order in which they lie in a bucket's flat vector.
+
+    On accelerators each begins at a multiple of the largest power of two that divides its own size. Kernels that load
+    several elements at once need that: cuDNN's batch normalisation in channels_last fails on other addresses.
+    """
+    if entries[0].parameter.device.type == "cpu":
+        return list(entries)
+    nbytes = [entry.parameter.numel() * entry.parameter.element_size() for entry in entries]
+    order = sorted(range(len(entries)), key=lambda i: -min(nbytes[i] & -nbytes[i], ALIGNMENT))
+    return [entries[i] for i in order]

@@ -180,7 +180,7 @@ def matrix_of(sketch: CountSketch, names: tuple[str, ...] = ORDER) -> Callable[[
         codec.set_step(step)
         matrix = np.zeros((codec.numel, TOTAL))
         for place, unit in zip(np.flatnonzero(sketched), torch.eye(layout.total, dtype=torch.float64, device="cpu")):
-            payload = torch.zeros(codec.numel, dtype=codec.dtype)
+            payload = torch.zeros(codec.numel, dtype=codec.dtype, device="cpu")
             codec.encode(unit, payload)
             matrix[:, place] = payload.numpy()
         return matrix, sketch.rows

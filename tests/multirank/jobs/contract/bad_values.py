@@ -21,7 +21,7 @@ COMPRESSORS: dict[str, tuple[str, ...]] = {
     **{f"RandomBlock({v})": ("RandomBlock: density", f"={v}") for v in ("0", "1.0001", "[0.5]")},
     "RandomBlock(math.nan)": ("RandomBlock: density", "=nan"),
     "RandomBlock(math.inf)": ("RandomBlock: density", "=inf"),
-    "RandomBlock(torch.tensor(0.5))": ("RandomBlock: density", "tensor(0.5000)"),
+    "RandomBlock(torch.tensor(0.5))": ("RandomBlock: density", "tensor(0.5000"),
     "TopK(0.1, sampled=1)": ("TopK: sampled=1", "True or False"),
     "TopK(0.1, sampled='no')": ("TopK: sampled='no'",),
     **{f"RandomBlock(0.5, seed={v})": (f"RandomBlock: seed={v}", "integer >= 0") for v in ("-1", "0.5", "True", "'a'")},

@@ -33,7 +33,7 @@ def single(algorithm: Any, expected: reference_flat.FlatRun, make: Any = nestero
 
 
 def check_the_compiled_loops_are_used() -> None:
-    assert compiled_loops_apply(torch.zeros(9)), "the other checks would compare the slow way only"
+    assert compiled_loops_apply(torch.zeros(9, device="cpu")), "the other checks would compare the slow way only"
 
 
 @cases(KINDS)
