@@ -2,7 +2,8 @@
 
     .venv/bin/python benchmarks/safety.py --batch 8 --steps 5
 
-Write benchmarks/results/safety.json; no root needed.
+Write benchmarks/results/safety.json, or with --device cuda:0, a GPU that the ranks share, safety_gpu.json. No root
+needed.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from launch import command  # noqa: E402
 from benchmarks.safety_worker import MARK  # noqa: E402
 from benchmarks.surroundings import surroundings  # noqa: E402
 
-RESULTS = ROOT / "benchmarks" / "results" / "safety.json"
+RESULTS = ROOT / "benchmarks" / "results"
 _WORKER = ROOT / "benchmarks" / "safety_worker.py"
 
 
@@ -54,18 +55,22 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=9, help="timed steps of ResNet-50 (default %(default)s)")
     parser.add_argument("--batch", type=int, default=4, help="images a rank (default %(default)s)")
     parser.add_argument("--repeats", type=int, default=12, help="of the other measurements (default %(default)s)")
+    parser.add_argument("--device", default="cpu", help="where model and state are (default %(default)s)")
     args = parser.parse_args()
     result = surroundings("benchmarks/safety.py")
-    argv = command(_WORKER, [str(args.steps), str(args.batch), str(args.repeats)], args.ranks)
+    asked = [str(args.steps), str(args.batch), str(args.repeats), args.device]
+    argv = command(_WORKER, asked, args.ranks)
     done = subprocess.run(argv, check=False, capture_output=True, text=True, cwd=ROOT)
     lines = [line.partition(MARK)[2] for line in done.stdout.splitlines() if MARK in line]
     if done.returncode or len(lines) != args.ranks:
         print(done.stdout + done.stderr, file=sys.stderr)
         return 1
     result.update({"model": "ResNet-50", "ranks": args.ranks, "batch": args.batch})
-    result.update(summarise([json.loads(line) for line in lines]))
+    ranks = [json.loads(line) for line in lines]
+    result.update({"gpu": ranks[0].get("gpu"), **summarise(ranks)})
     print(json.dumps(result, indent=1))
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    name = "safety.json" if args.device == "cpu" else "safety_gpu.json"
+    (RESULTS / name).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import sys
 import tempfile
@@ -44,8 +45,14 @@ PARTS = {
 }
 
 
+def settle() -> None:
+    """Wait for what the device still has to do: its work runs on after the call that asked for it."""
+    if torch.empty(0).is_cuda:
+        torch.cuda.synchronize()
+
+
 class Clock:
-    """Seconds spent inside functions, by part; time inside of one another counts once."""
+    """Seconds spent inside functions, on the host and its device, by part; time inside of one another counts once."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
@@ -57,10 +64,12 @@ class Clock:
         def call(*args: Any, **kwargs: Any) -> Any:
             if self._inside:
                 return function(*args, **kwargs)
+            settle()
             self._inside, begin = True, time.perf_counter()
             try:
                 return function(*args, **kwargs)
             finally:
+                settle()
                 self._inside = False
                 self.seconds[part] += time.perf_counter() - begin
 
@@ -87,24 +96,25 @@ def checks(algorithm: Any, steps: int, batch: int) -> dict[str, float]:
     inner = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     optimizer = DistributedOptimizer(inner, model.named_parameters(), algorithm)
     images, labels = torch.randn(batch, 3, 224, 224), torch.randint(1000, (batch,))
-    clock, found = Clock(), []
-    with clock.watching():
-        for _ in range(steps + 1):
-            clock.seconds.clear()
-            hvd.barrier()
-            begin = time.perf_counter()
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(images), labels).backward()
-            optimizer.step()
-            found.append({"step": time.perf_counter() - begin, **{part: clock.seconds[part] for part in PARTS}})
-    reducer, replicas = optimizer._reducer, []
-    for _ in range(5):
-        hvd.barrier()
-        begin = time.perf_counter()
-        replica_check.check_replicas(reducer.comm, reducer.states, reducer.step)
-        replicas.append(time.perf_counter() - begin)
-    rows = {key: median(row[key] for row in found[1:]) for key in found[0]}
-    return {**rows, "replicas": median(replicas)}
+
+    def step() -> None:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+
+    clock, found = Clock(), defaultdict(list)
+    for _ in range(steps + 1):
+        # Twice: on a device, measuring the parts keeps them from running beside anything else.
+        found["step"].append(timed(step)[0])
+        clock.seconds.clear()
+        with clock.watching():
+            found["watched step"].append(timed(step)[0])
+        for part in PARTS:
+            found[part].append(clock.seconds[part])
+    rows = {key: median(values[1:]) for key, values in found.items()}
+    reducer = optimizer._reducer
+    look = functools.partial(replica_check.check_replicas, reducer.comm, reducer.states)
+    return {**rows, "replicas": median(timed(functools.partial(look, reducer.step))[0] for _ in range(5))}
 
 
 def small_parameters(repeats: int) -> dict[str, float]:
@@ -120,48 +130,46 @@ def small_parameters(repeats: int) -> dict[str, float]:
         else:
             built[name] = weights, DistributedOptimizer(inner, named, SMALL[name])
     times: dict[str, list[float]] = {name: [] for name in built}
+
+    def step(weights: list[nn.Parameter], optimizer: Any) -> None:
+        optimizer.zero_grad()
+        torch.stack([p.square().sum() for p in weights]).sum().backward()
+        optimizer.step()
+
     for _ in range(repeats + 2):
         for name, (weights, optimizer) in built.items():
-            hvd.barrier()
-            begin = time.perf_counter()
-            optimizer.zero_grad()
-            torch.stack([p.square().sum() for p in weights]).sum().backward()
-            optimizer.step()
-            times[name].append(time.perf_counter() - begin)
+            times[name].append(timed(functools.partial(step, weights, optimizer))[0])
     return {name: median(values[2:]) for name, values in times.items()}
 
 
 def saving(repeats: int) -> dict[str, float]:
-    """Return median seconds of saving ResNet-50 with momentum and residual, and of a plain copy of as many bytes."""
+    """Return median seconds of saving ResNet-50, its momentum and residual, and of copying their bytes to the host."""
     weights = [nn.Parameter(torch.randn(shape)) for shape in resnet50_shapes()]
     gradients = [torch.randn_like(p) for p in weights]
     model = nn.ParameterList(weights)
     inner = torch.optim.SGD(weights, lr=0.01, momentum=0.9)
     optimizer = DistributedOptimizer(inner, model.named_parameters(), EF(BLOCK))
 
-    def step() -> float:
-        hvd.barrier()
-        begin = time.perf_counter()
+    def step() -> None:
         optimizer.zero_grad()
         torch.stack([(p * g).sum() for p, g in zip(weights, gradients)]).sum().backward()
         optimizer.step()
-        return time.perf_counter() - begin
 
     with contextlib.ExitStack() as stack:
         own = stack.enter_context(tempfile.TemporaryDirectory()) if hvd.rank() == 0 else ""
         directory = hvd.broadcast_object(own, name="safety.directory")
         found: dict[str, list[float]] = defaultdict(list)
         for _ in range(repeats):
-            found["step"] += [step() for _ in range(3)]
+            found["step"] += [timed(step)[0] for _ in range(3)]
             state = optimizer.state_dict()
             tensors = [*tensors_of(state), *(p.data for p in weights)]
             found["bytes"].append(float(sum(t.nbytes for t in tensors)))
-            found["copy"].append(timed(lambda kept=tensors: [t.clone() for t in kept])[0])  # type: ignore[misc]
+            found["copy"].append(timed(lambda kept=tensors: [t.detach().to("cpu", copy=True) for t in kept])[0])  # type: ignore[misc]
             del state, tensors
             found["save"].append(timed(lambda: checkpoint.save(directory, model, optimizer))[0])
             stall, pending = timed(lambda: checkpoint.save(directory, model, optimizer, asynchronous=True))
             found["stall"].append(stall)
-            found["step while writing"] += [step() for _ in range(3)]
+            found["step while writing"] += [timed(step)[0] for _ in range(3)]
             pending.wait()
         hvd.barrier()
     return {key: median(values) for key, values in found.items()}
@@ -169,9 +177,11 @@ def saving(repeats: int) -> dict[str, float]:
 
 def timed(action: Callable[[], Any]) -> tuple[float, Any]:
     """Return the seconds that ``action`` takes, begun by all ranks together, and its result."""
+    settle()
     hvd.barrier()
     begin = time.perf_counter()
     result = action()
+    settle()
     return time.perf_counter() - begin, result
 
 
@@ -185,15 +195,18 @@ def tensors_of(node: Any) -> Iterator[Tensor]:
 
 
 def main() -> None:
-    """Measure what the arguments ask for: steps of ResNet-50, its batch, repeats of the others."""
-    steps, batch, repeats = (int(text) for text in sys.argv[1:])
+    """Measure what the arguments ask for: steps of ResNet-50, its batch, repeats of the others, the device."""
+    steps, batch, repeats = (int(text) for text in sys.argv[1:4])
     torch.set_num_threads(1)
+    torch.set_default_device(sys.argv[4])
     hvd.init()
     result = {
         "checks": {name: checks(algorithm, steps, batch) for name, algorithm in REAL_STEP.items()},
         "small parameters": small_parameters(repeats),
         "saving": saving(max(2, repeats // 4)),
     }
+    if torch.empty(0).is_cuda:
+        result["gpu"] = torch.cuda.get_device_name()
     print(MARK + json.dumps(result), flush=True)
 
 
