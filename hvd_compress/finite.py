@@ -54,12 +54,15 @@ def poison(tensors: Sequence[Tensor], flags: Tensor) -> None:
     """Put nan into the tensors whose flag is not zero: into all of it on a CPU, elsewhere into its first element.
 
     A device is not waited for; to write whole tensors there would cost a pass over all of them at every step.
+
+    Args:
+        tensors: of one dtype.
     """
     if flags.device.type == "cpu":
         for index in flags.nonzero().flatten().tolist():
             tensors[index].fill_(float("nan"))
-        return
-    places = [index for index, tensor in enumerate(tensors) if tensor.numel()]
-    values = torch.where(flags != 0, float("nan"), 0.0)
-    heads = [tensors[index].as_strided((1,), (1,)) for index in places]
-    torch._foreach_add_(heads, [values[index : index + 1].to(head.dtype) for index, head in zip(places, heads)])
+    elif tensors:
+        marks = torch.where(flags != 0, float("nan"), 0.0).to(tensors[0].dtype).split(1)
+        heads = [(tensor.as_strided((1,), (1,)), mark) for tensor, mark in zip(tensors, marks) if tensor.numel()]
+        if heads:
+            torch._foreach_add_([head for head, _ in heads], [mark for _, mark in heads])

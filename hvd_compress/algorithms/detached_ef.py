@@ -112,11 +112,10 @@ class _DEFState(UpdateState):
 
     def __init__(self, config: DEF, bucket: Bucket, context: Context) -> None:
         exchange = config.make_exchange(bucket, context)
-        measured = isinstance(config.coefficient, str)
-        super().__init__(bucket, context, exchange, config.rescale_residual, config.masking, measured)
+        super().__init__(bucket, context, exchange, config.rescale_residual, config.masking)
         self._sent: Optional[_SentCoordinates] = None
         self._fixed = 0.0 if isinstance(config.coefficient, str) else config.coefficient
-        self._measured = _BestCoefficient(bucket, context, self.points) if measured else None
+        self._measured = _BestCoefficient(bucket, context) if config.coefficient == "auto" else None
 
     @property
     def next_coefficient(self) -> Coefficient:
@@ -214,9 +213,9 @@ class _BestCoefficient:
     The denominator is ||mean e||^2 plus the variance over ranks. Both are averaged over about ten exchanges.
     """
 
-    def __init__(self, bucket: Bucket, context: Context, points: ModelPoints) -> None:
-        self._on_host, self._dtype = bucket.device.type == "cpu", bucket.state_dtype
-        self._kept = points.kept
+    def __init__(self, bucket: Bucket, context: Context) -> None:
+        self._on_host = bucket.device.type == "cpu"
+        self._dtype, self._device = bucket.state_dtype, bucket.device
         square = torch.zeros(1, dtype=bucket.state_dtype, device=bucket.device)
         # Scale factors from 2^16 on are no payload's, so Horovod never fuses this number with one.
         scale = 2.0 ** (16 + bucket.ordinal % 16)
@@ -225,7 +224,7 @@ class _BestCoefficient:
 
     def reset(self) -> None:
         """Forget all measurements."""
-        self.coefficient: Coefficient = self._kept(FIRST_COEFFICIENT)
+        self.coefficient: Coefficient = FIRST_COEFFICIENT
         self._mean_square: Coefficient = 0.0
         self._square_mean: Coefficient = 0.0
 
@@ -259,5 +258,9 @@ class _BestCoefficient:
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Restore ``state_dict``."""
-        self.coefficient = self._kept(saved["coefficient"])
-        self._mean_square, self._square_mean = self._kept(saved["mean_square"]), self._kept(saved["square_mean"])
+        self.coefficient = self._number(saved["coefficient"])
+        self._mean_square, self._square_mean = self._number(saved["mean_square"]), self._number(saved["square_mean"])
+
+    def _number(self, value: float) -> Coefficient:
+        """Return what ``update`` keeps: on an accelerator a tensor, whose sums round otherwise than Python's."""
+        return float(value) if self._on_host else torch.full((), value, dtype=self._dtype, device=self._device)

@@ -16,9 +16,6 @@ class ModelPoints:
 
     x and e are flat in float32 (or float64), z in the parameters' dtype.
 
-    Args:
-        measured: the coefficient is measured on what is exchanged; on an accelerator it stays there.
-
     Attributes:
         shared: x, the same on every rank to the bit.
         residual: e, what this rank has not sent yet.
@@ -26,9 +23,8 @@ class ModelPoints:
         coefficient: the coefficient at which the parameters were placed.
     """
 
-    def __init__(self, bucket: Bucket, measured: bool = False) -> None:
+    def __init__(self, bucket: Bucket) -> None:
         self._bucket = bucket
-        self._on_device = measured and bucket.device.type != "cpu"
         self.shared: FlatBuffer = bucket.flat_buffer(bucket.state_dtype)
         self.residual: FlatBuffer = bucket.flat_buffer(bucket.state_dtype)
         self.local: FlatBuffer = bucket.flat_buffer(bucket.dtype)
@@ -36,12 +32,6 @@ class ModelPoints:
         self._update = ResidualUpdate(self.shared.flat, self.residual.flat, self.local.flat)
         self.coefficient: Coefficient = 0.0
         self.set_shared_from_params()
-
-    def kept(self, coefficient: float) -> Coefficient:
-        """Return a coefficient of a saved state as it was before: a tensor makes other bits of z than a number does."""
-        if not self._on_device or coefficient == 0.0:
-            return coefficient
-        return torch.full((), coefficient, dtype=self._bucket.state_dtype, device=self._bucket.device)
 
     def views(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return x, e and z of one parameter."""

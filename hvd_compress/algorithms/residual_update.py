@@ -8,7 +8,7 @@ float32 on CPUs the compiled loop of ``native`` does the same in one go.
 
 from __future__ import annotations
 
-from typing import Union
+from typing import Optional, Union
 
 import torch
 from torch import Tensor
@@ -21,18 +21,27 @@ TILE = 2**16
 Coefficient = Union[float, Tensor]
 
 
-def detached_point(x: Tensor, e: Tensor, coefficient: Coefficient, out: Tensor) -> None:
-    """Write ``x - coefficient * e``, rounded to ``out``'s dtype, into ``out``."""
-    if isinstance(coefficient, Tensor):
-        out.copy_(torch.addcmul(x, e, coefficient, value=-1))
-    elif coefficient == 0.0:
+def detached_point(
+    x: Tensor, e: Tensor, coefficient: Coefficient, out: Tensor, scratch: Optional[Tensor] = None
+) -> None:
+    """Write ``x - coefficient * e``, rounded to ``out``'s dtype, into ``out``.
+
+    It is rounded after the product and after the difference, everywhere: compiled loops, CPUs and accelerators, numbers
+    and tensors make the same bits, by which a state that is loaded elsewhere knows where its parameters were.
+
+    Args:
+        scratch: memory like x, needed where ``out`` has another dtype; None: new memory.
+    """
+    if not isinstance(coefficient, Tensor) and coefficient == 0.0:
         out.copy_(x)
-    elif native.applies(x, e, out):
+    elif not isinstance(coefficient, Tensor) and native.applies(x, e, out):
         native.detached_point(x, e, coefficient, out)
-    elif out.dtype == x.dtype:
-        torch.sub(x, e, alpha=coefficient, out=out)
     else:
-        out.copy_(torch.sub(x, e, alpha=coefficient))
+        point = out if out.dtype == x.dtype else torch.empty_like(x) if scratch is None else scratch
+        torch.mul(e, coefficient, out=point)
+        torch.sub(x, point, out=point)
+        if point is not out:
+            out.copy_(point)
 
 
 class ResidualUpdate:
@@ -58,11 +67,11 @@ class ResidualUpdate:
             return
         for x, e, z in self._tiles:
             update, before = self._update[: x.numel()], self._before[: x.numel()]
-            detached_point(x, e, placed, before)
+            detached_point(x, e, placed, before, update)
             if before.dtype != update.dtype:
                 update.copy_(before)
             update.sub_(z)
             if factor != 1.0:
                 e.mul_(factor)
             e.add_(update)
-            detached_point(x, e, coefficient, z)
+            detached_point(x, e, coefficient, z, update)

@@ -52,7 +52,7 @@ class RestingParameters:
     def load(self, coefficients: Mapping[int, float]) -> None:
         """Put parameters to rest whose x, e and z have been loaded, with their own points at these coefficients."""
         for i, coefficient in coefficients.items():
-            self._put_aside(i, self._points.views(i)[1].clone(), self._points.kept(coefficient))
+            self._put_aside(i, self._points.views(i)[1].clone(), coefficient)
 
     def end(self, indices: Iterable[int]) -> None:
         """Take back x and e of parameters, and leave z as it is."""

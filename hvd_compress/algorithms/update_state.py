@@ -31,7 +31,6 @@ class UpdateState(BucketState):
         exchange: how updates travel; a schedule where that changes with the step.
         rescale: keep the residual in update units; else a change of learning rate changes it in proportion.
         masking: clear the wrapped optimizer's momentum where it was sent.
-        measured: the coefficient of z is measured.
 
     Attributes:
         points: the shared model, this rank's residual and its own point.
@@ -47,11 +46,10 @@ class UpdateState(BucketState):
         exchange: Union[Exchange, ExchangeSchedule],
         rescale: bool = True,
         masking: bool = False,
-        measured: bool = False,
     ) -> None:
         self.bucket, self._rescale = bucket, rescale
         self._schedule, self.exchange = exchange, exchange.at(0)
-        self.points = ModelPoints(bucket, measured)
+        self.points = ModelPoints(bucket)
         self._momentum = MomentumMask(bucket, context) if masking else None
         self.has_unsent_local_steps = False
         self._resting = RestingParameters(self.points)
@@ -212,7 +210,7 @@ class UpdateState(BucketState):
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         if "buffers" in saved:
             self._end_rest()
-        self._lr, self.points.coefficient = float(saved["lr"]), self.points.kept(float(saved["local_coefficient"]))
+        self._lr, self.points.coefficient = float(saved["lr"]), float(saved["local_coefficient"])
         self.has_unsent_local_steps = bool(saved["has_unsent_local_steps"])
         if "buffers" in saved:
             points = self.points
@@ -223,7 +221,7 @@ class UpdateState(BucketState):
                 points.write_local_point()
                 for i, coefficient in resting.items():
                     x, e, z = points.views(i)
-                    detached_point(x, e, points.kept(coefficient), z)
+                    detached_point(x, e, coefficient, z)
             if not points.is_at(found, points.local.flat):
                 points.reset_to(model)
                 points.local.flat.copy_(found)
@@ -279,7 +277,7 @@ class UpdateState(BucketState):
         pending = {n: (p.pending, p.lr) for n, p in parts.items() if own and p.pending is not None and p.lr is not None}
         taken = add_to_views(points.residual, names, pending)
         if restored and len({parts[name].coefficient for name in names}) == 1:
-            points.coefficient = points.kept(parts[names[0]].coefficient)
+            points.coefficient = parts[names[0]].coefficient
             points.write_local_point()
         return taken
 

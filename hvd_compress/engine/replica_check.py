@@ -40,12 +40,21 @@ def check_replicas(comm: Communicator, states: Sequence[State], step: int) -> No
     found = [pair for state in states for pair in zip(state.bucket.layout.names, state.replica())]
     if not found:
         return
-    rows = torch.stack([digest(values).cpu() for _, values in found])
+    rows = _on_host([digest(values) for _, values in found])
     every = comm.allgather(rows, "replicas").view(comm.size, -1)
     different = (every != every[0]).any(dim=0).nonzero()
     if different.numel():
         column = int(different[0])
         _raise_for(comm, *found[column], every[:, column].tolist(), step)
+
+
+def _on_host(digests: Sequence[Tensor]) -> Tensor:
+    """Return all digests in the host's memory, which waits once for each device."""
+    rows = torch.zeros(len(digests), dtype=torch.int64, device="cpu")
+    for device in dict.fromkeys(found.device for found in digests):
+        here = [index for index, found in enumerate(digests) if found.device == device]
+        rows[here] = torch.stack([digests[index] for index in here]).cpu()
+    return rows
 
 
 def _raise_for(comm: Communicator, name: str, values: Tensor, digests: Sequence[int], step: int) -> NoReturn:

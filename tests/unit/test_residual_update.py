@@ -115,6 +115,24 @@ def test_the_formula_to_rounding(size: int, state: torch.dtype, dtype: torch.dty
 
 
 @pairs
+@pytest.mark.parametrize("c", [0.3, 0.137, 1.0, 1e-8])
+def test_every_way_of_computing_it_rounds_alike(size: int, state: torch.dtype, dtype: torch.dtype, c: float) -> None:
+    """Compiled or not, with a number or with a tensor, as accelerators measure it: numpy's bits."""
+    x, e, update = normal(size, state, 0), normal(size, state, 1, 0.1), normal(size, dtype, 2, 0.01)
+    point = x.numpy() - x.numpy().dtype.type(c) * e.numpy()
+    found = []
+    for coefficient in (c, torch.tensor(c, dtype=state)):
+        z, residual = torch.empty(size, dtype=dtype), e.clone()
+        detached_point(x, e, coefficient, z)
+        assert torch.equal(bits(z), bits(torch.from_numpy(point).to(dtype)))
+        z.sub_(update)
+        ResidualUpdate(x, residual, z).apply(coefficient, coefficient, 0.9)
+        found.append((bits(residual), bits(z)))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+
+
+@pairs
 def test_many_steps_conserve_the_sum(size: int, state: torch.dtype, dtype: torch.dtype) -> None:
     """While nothing is exchanged, e is the sum of what was subtracted: nothing is lost or counted twice."""
     x, e, z = normal(size, state, 0), torch.zeros(size, dtype=state), torch.empty(size, dtype=dtype)
