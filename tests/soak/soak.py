@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
+import math
 import random
 import zlib
 from pathlib import Path
@@ -203,7 +204,7 @@ def resident() -> int:
 def main() -> None:
     """Give every algorithm its share of the steps, several times over."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=20000, help="in all")
+    parser.add_argument("--steps", type=int, default=20000, help="in all, at least")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -211,7 +212,7 @@ def main() -> None:
     hvd.init()
     yield_to_other_ranks()
     rounds = 3
-    share = max(20, args.steps // (rounds * len(ALGORITHMS)))
+    share = max(20, math.ceil(args.steps / (rounds * len(ALGORITHMS))))
     memory = []
     for turn in range(rounds):
         for index, algorithm in enumerate(ALGORITHMS):
