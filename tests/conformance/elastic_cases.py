@@ -11,7 +11,7 @@ from typing import Any
 from tests.conformance.substitute import provide_mock
 
 provide_mock()
-sys.path.insert(0, f"{os.environ['HOROVOD_TESTS']}/integration")
+sys.path[:0] = [f"{os.environ['HOROVOD_TESTS']}/{folder}" for folder in ("integration", "utils")]
 
 from elastic_common import BaseElasticTests  # noqa: E402
 

@@ -26,15 +26,21 @@ TESTS = (
     "test_single_rank_failure",
 )
 TIMEOUT = 300.0
+NOT_BEGUN = (2, 3, 4, 5)  # exit codes of pytest: interrupted (an import has failed), its own error, no such test
 
 
 @functools.cache
 def failure(algorithm: Optional[str], test: str) -> Optional[str]:
-    """Return the output of a failing test, or None; ``None`` as the algorithm is Horovod's own class."""
+    """Return the output of a failing test, or None; ``None`` as the algorithm is Horovod's own class.
+
+    Raises:
+        AssertionError: if the test could not begin, which is no failure of Horovod's own class.
+    """
     env = environment(**({} if algorithm is None else {"HVD_COMPRESS_ALGORITHM": algorithm}))
     cases = Path(__file__).with_name("elastic_cases.py")
     line = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{cases}::ElasticTests::{test}"]
     returncode, output = supervise(line, env, TIMEOUT, ROOT)
+    assert returncode not in NOT_BEGUN, output[-20000:]
     return None if returncode == 0 else output
 
 
