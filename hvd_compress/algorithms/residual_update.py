@@ -51,10 +51,12 @@ class ResidualUpdate:
         self._vectors = (x, e, z)
         self._native = native.applies(x, e, z)
         tile = TILE if x.device.type == "cpu" else max(1, x.numel())
-        self._tiles = list(zip(torch.split(x, tile), torch.split(e, tile), torch.split(z, tile)))
         n = min(tile, x.numel())
-        self._update = x.new_empty(n)
-        self._before = self._update if z.dtype == x.dtype else z.new_empty(n)
+        update = x.new_empty(n)
+        before = update if z.dtype == x.dtype else z.new_empty(n)
+        parts = zip(torch.split(x, tile), torch.split(e, tile), torch.split(z, tile))
+        # Of each tile: x, e, z, the update, and the point before it in z's dtype; all tiles share the last two.
+        self._tiles = [(x, e, z, update[: x.numel()], before[: x.numel()]) for x, e, z in parts]
 
     def apply(self, placed: Coefficient, coefficient: Coefficient, factor: float = 1.0) -> None:
         """Compute ``u = (x - placed * e) - z;  e = factor * e + u;  z = x - coefficient * e``.
@@ -65,8 +67,7 @@ class ResidualUpdate:
         if self._native and not isinstance(placed, Tensor) and not isinstance(coefficient, Tensor):
             native.fused_residual_update(*self._vectors, placed, coefficient, factor)
             return
-        for x, e, z in self._tiles:
-            update, before = self._update[: x.numel()], self._before[: x.numel()]
+        for x, e, z, update, before in self._tiles:
             detached_point(x, e, placed, before, update)
             if before.dtype != update.dtype:
                 update.copy_(before)

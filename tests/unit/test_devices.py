@@ -146,7 +146,7 @@ def test_residual_update(accelerator: Accelerator, state: torch.dtype, dtype: to
     z = torch.zeros(200_000, dtype=dtype, device=DEVICE)
     update, before = ResidualUpdate(x, e, z), accelerator.operations
     update.apply(0.3, 0.4, 0.5)
-    assert accelerator.operations - before <= 12, "one pass over everything: a kernel launch costs more than a tile"
+    assert accelerator.operations - before <= 10, "one pass over everything: a kernel launch costs more than a tile"
     detached_point(x, e, 0.0, z)
     detached_point(x, e, 0.5, z)
     ResidualUpdate(x[:0], e[:0], z[:0]).apply(0.3, 0.3)
