@@ -1,14 +1,19 @@
-"""Checkpoints: written to a file and read, and runs that resume from them."""
+"""Checkpoints: written to files and read, runs that resume from them, and what a refusal must leave unchanged."""
 
 from __future__ import annotations
 
 import io
-from typing import Any, Callable
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Callable, Iterator
 
+import horovod.torch as hvd
 import torch
+from torch import nn
 
 from tests.multirank.support.assertions import same_everywhere
-from tests.multirank.support.internals import residuals
+from tests.multirank.support.internals import residuals, step_count
 from tests.multirank.support.networks import flat
 from tests.multirank.support.training import train
 
@@ -50,6 +55,27 @@ def resumes_exactly(
     assert torch.equal(residuals(resumed), residuals(optimizer)), "residuals"
     with resumed.consensus():
         same_everywhere(flat(again), "x after resuming")
+
+
+@contextmanager
+def shared_directory() -> Iterator[Path]:
+    """Give a directory that all ranks share, and remove it afterwards (collective)."""
+    with tempfile.TemporaryDirectory() as own:
+        yield Path(hvd.broadcast_object(own, name="test.directory"))
+        hvd.barrier()
+
+
+def last_rank() -> int:
+    return int(hvd.size()) - 1
+
+
+def unchanged(model: nn.Module, optimizer: Any, call: Callable[[], Any]) -> None:
+    """Run ``call`` and fail if a parameter, residual, count or rate has changed."""
+    before = flat(model), residuals(optimizer), step_count(optimizer), optimizer.param_groups[0]["lr"]
+    call()
+    assert torch.equal(flat(model), before[0])
+    assert torch.equal(residuals(optimizer), before[1])
+    assert (step_count(optimizer), optimizer.param_groups[0]["lr"]) == before[2:]
 
 
 # Saved inside of consensus(): model and optimizer, only the model, or nothing.
