@@ -15,7 +15,6 @@ from hvd_compress.comm.communicator import Communicator, Reduction, is_elastic
 from hvd_compress.engine.agreement import Options, agree, parameter_item
 from hvd_compress.engine.bucketing import Partition
 from hvd_compress.engine.nonfinite import NonfiniteCheck
-from hvd_compress.engine.ownership import Trainer
 from hvd_compress.engine.step_check import (
     StepCheck,
     Verdict,
@@ -75,8 +74,7 @@ class Reducer(abc.ABC):
         self._built = False
         self.step = 0
         self.local_steps_done = 0
-        self.trainer = Trainer()
-        self.trainer.register(self.tracker.tracked)
+        self.trainer = self.tracker.trainer
         self.on_build: Callable[[Sequence[State]], None] = lambda states: None
         self.on_sync: Callable[[], None] = lambda: None
         self.on_moved: Callable[[Optional[int]], None] = lambda former: None
@@ -279,7 +277,6 @@ class Reducer(abc.ABC):
         """Register hooks on new and unfrozen parameters; they get buckets at the next exchange."""
         if self.tracker.track():
             self._built = False
-            self.trainer.register(self.tracker.tracked)
 
     def build(self) -> None:
         """Cut buckets for tracked parameters that have none and allocate the algorithm's buffers."""

@@ -14,6 +14,7 @@ from hvd_compress.bucket import ParamEntry
 from hvd_compress.comm.communicator import Communicator, is_elastic
 from hvd_compress.engine import grad_scaler
 from hvd_compress.engine.autograd_hooks import graph_wanted, too_many_passes, weak_hook
+from hvd_compress.engine.ownership import Trainer
 
 
 class ParameterTracker:
@@ -27,6 +28,7 @@ class ParameterTracker:
 
     Attributes:
         tracked: parameters that have a hook, in the order in which they got it.
+        trainer: what other optimizers over the same parameters know of this one.
         on_first: called with the parameter of a step's first gradient.
         on_ready: called with each parameter whose gradient is final.
         scaler: the last GradScaler seen.
@@ -42,6 +44,7 @@ class ParameterTracker:
         self.names, self.passes = names, passes
         self._comm = comm
         self.tracked: list[Parameter] = []
+        self.trainer = Trainer(optimizer)
         self.on_first: Callable[[Parameter], None] = lambda parameter: None
         self.on_ready: Callable[[Parameter], None] = lambda parameter: None
         self.scaler: Optional[Any] = None
@@ -102,6 +105,8 @@ class ParameterTracker:
                     self._passes_left[parameter] = self.passes
                     self.tracked.append(parameter)
                     parameter.register_post_accumulate_grad_hook(weak_hook(self._on_gradient))
+        if found:
+            self.trainer.register(self.tracked)
         return found
 
     def description(self) -> bytes:
@@ -141,6 +146,8 @@ class ParameterTracker:
         if self._optimizer() is None:
             return  # dropped, and not yet collected: the model has been given to another optimizer
         p = cast(Parameter, parameter)
+        if self.trainer.shares(p):
+            return  # the gradient is taken in step(), by the optimizer that steps
         if not self.fired:
             self.fired = True
             self.scaled = grad_scaler.running_scaler() is not None

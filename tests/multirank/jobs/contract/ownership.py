@@ -10,21 +10,27 @@ import horovod.torch as hvd
 import torch
 from torch import nn
 
-from hvd_compress import DEF, Dense, DistributedOptimizer
+from hvd_compress import DEF, EF, Dense, DistributedOptimizer, LowRank
 from tests.multirank.support.algorithm_cases import BLOCK, EXACT, LOSSY, exchanges_updates, has_local_models
 from tests.multirank.support.assertions import close, raises, same_everywhere
 from tests.multirank.support.cases import cases
 from tests.multirank.support.internals import residuals
 from tests.multirank.support.networks import flat, loss_of, network
-from tests.multirank.support.training import make, mean_gradient, sgd, shared_model, train, virtual_iterate
+from tests.multirank.support.reference import batch
+from tests.multirank.support.training import make, mean_gradient, sgd, shared_model, train, virtual_iterate, wrap
 
 RANKS = (2,)
 FULL_RANKS = (3,)
 DETACHED = (DEF(BLOCK), DEF(BLOCK, "auto"), DEF(BLOCK, 0.0, local_steps=2))
 
 
-def in_turn(compression: Any, flush: bool) -> tuple[Any, list[Any], torch.Tensor]:
-    """Train one model with two optimizers, three steps each in turn; return where exact training would have led."""
+def in_turn(compression: Any, flush: bool, backward: bool = True) -> tuple[Any, list[Any], torch.Tensor]:
+    """Train one model with two optimizers, three steps each in turn; return where exact training would have led.
+
+    Args:
+        flush: call flush() at the end of each turn.
+        backward: hooks of both optimizers see the gradients; else they are made by hand.
+    """
     model = network(torch.float64)
     both = [
         DistributedOptimizer(sgd(model), list(model.named_parameters(prefix=stage)), compression)
@@ -34,25 +40,51 @@ def in_turn(compression: Any, flush: bool) -> tuple[Any, list[Any], torch.Tensor
     for t in range(12):
         optimizer = both[t // 3 % 2]
         expected -= 0.1 * mean_gradient(model, t)
-        parameters = list(model.parameters())  # hooks of both would see a backward pass
-        for p, gradient in zip(parameters, torch.autograd.grad(loss_of(model, hvd.rank(), t), parameters)):
-            p.grad = gradient
+        optimizer.zero_grad()
+        if backward:
+            loss_of(model, hvd.rank(), t).backward()
+        else:
+            parameters = list(model.parameters())
+            for p, gradient in zip(parameters, torch.autograd.grad(loss_of(model, hvd.rank(), t), parameters)):
+                p.grad = gradient
         optimizer.step()
         if flush and t % 3 == 2:
             optimizer.flush()
     return model, both, expected
 
 
-@cases(compression=(EXACT, LOSSY), flush=(True, False))
-def check_two_optimizers_in_turn(compression: Any, flush: bool) -> None:
+@cases(compression=(EXACT, LOSSY), flush=(True, False), backward=(True, False))
+def check_two_optimizers_in_turn(compression: Any, flush: bool, backward: bool) -> None:
     """Flushed at each turn they train as one; else too, where the parameters hold the shared model."""
     if not flush and (exchanges_updates(compression) or has_local_models(compression)):
         return  # those are the next check's, or exact anyway
-    model, both, expected = in_turn(compression, flush)
+    model, both, expected = in_turn(compression, flush, backward)
     for optimizer in reversed(both):
         optimizer.flush()
     close(flat(model), expected, 1e-9, f"the model, {compression}")
     same_everywhere(flat(model), "the model")
+
+
+@cases(Dense(), EF(BLOCK), EF(LowRank(1)))
+def check_two_losses_that_share_parameters(compression: Any) -> None:
+    """Each optimizer has the trunk and a head of its own, and both step at every batch."""
+    trunk = nn.Linear(5, 4).double()
+    heads = [nn.Linear(4, 2).double() for _ in range(2)]
+    hvd.broadcast_parameters(dict(nn.ModuleList([trunk, *heads]).named_parameters()), root_rank=0)
+    both = [wrap(nn.Sequential(trunk, head), sgd(nn.Sequential(trunk, head)), compression) for head in heads]
+    expected = flat(trunk)
+    for t in range(6):
+        for head, optimizer in zip(heads, both):
+            inputs = torch.from_numpy(batch(hvd.rank(), t)[0])
+            loss = head(trunk(inputs)).square().mean()
+            gradients = torch.autograd.grad(loss, list(trunk.parameters()), retain_graph=True)
+            expected -= 0.1 * hvd.allreduce(torch.cat([g.reshape(-1) for g in gradients]), name="test.gradient")
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    for optimizer in both:
+        optimizer.flush()
+    close(flat(trunk), expected, 1e-9, f"the trunk, {compression}")
 
 
 @cases(*DETACHED)
