@@ -68,13 +68,15 @@ class Bucket:
             tuple(_memory_shape(p) for p in self.parameters),
         )
         self.place = (entries[-1].group, 0)
+        # As they are now: a model may take another memory format later, but all flat vectors have one order.
+        self._strides = [(p.shape, p.stride() if _gapless(p) else None) for p in self.parameters]
 
     def flat_buffer(self, dtype: torch.dtype, flat: Optional[Tensor] = None) -> FlatBuffer:
-        """Return ``flat`` (default: new zeros of ``dtype``) with views shaped and strided like the parameters."""
+        """Return ``flat`` (default: new zeros of ``dtype``) with views shaped and strided as the parameters were."""
         if flat is None:
             flat = torch.zeros(self.layout.total, dtype=dtype, device=self.device)
         parts = pieces(flat, self.layout.numels)
-        return FlatBuffer(flat, [_like(part, p) for part, p in zip(parts, self.parameters)])
+        return FlatBuffer(flat, [_view(part, *kind) for part, kind in zip(parts, self._strides)])
 
     def copy_of_params(self) -> Tensor:
         """Return the parameters as a new flat vector of ``state_dtype``."""
@@ -99,12 +101,7 @@ class Bucket:
         """
         owners: dict[int, str] = {}
         for parameter, name in zip(self.parameters, self.layout.names):
-            if (parameter.dtype, parameter.device) != (self.dtype, self.device):
-                raise RuntimeError(
-                    f"parameter {name!r} is {parameter.dtype} on {parameter.device} now and was {self.dtype} on "
-                    f"{self.device} when its exchange was set up; convert the model before the first step, or build "
-                    "the optimizer anew"
-                )
+            self.require_unconverted(parameter, name)
             if parameter.numel() and (other := owners.setdefault(parameter.data_ptr(), name)) != name:
                 raise ValueError(
                     f"parameters {other!r} and {name!r} share memory, which this algorithm, as it moves parameters "
@@ -112,6 +109,15 @@ class Bucket:
                 )
         torch._foreach_copy_(buffer.views, [p.data for p in self.parameters])
         self.point_params_at(buffer)
+
+    def require_unconverted(self, parameter: Parameter, name: str) -> None:
+        """Raise RuntimeError if a parameter has another dtype or device than the bucket was made for."""
+        if parameter.dtype != self.dtype or parameter.device != self.device:
+            raise RuntimeError(
+                f"parameter {name!r} is {parameter.dtype} on {parameter.device} now and was {self.dtype} on "
+                f"{self.device} when its exchange was set up; convert the model before the first step, or build "
+                "the optimizer anew"
+            )
 
     def ensure_params_in(self, buffer: FlatBuffer) -> None:
         """Move the parameters into ``buffer`` again if one has been given new storage (``p.data = ...``)."""
@@ -135,16 +141,14 @@ def _gapless(parameter: Tensor) -> bool:
     return True
 
 
-def _like(part: Tensor, parameter: Tensor) -> Tensor:
-    """Return a view of the contiguous ``part`` with the parameter's shape, and its strides if these leave no gaps."""
+def _view(part: Tensor, shape: tuple[int, ...], strides: Optional[tuple[int, ...]]) -> Tensor:
+    """Return a view of the contiguous ``part`` with a parameter's shape, and its strides if these leave no gaps."""
     # Equal strides keep memory formats such as channels_last, so that elementwise operations run at full speed.
-    if _gapless(parameter):
-        return part.as_strided(parameter.shape, parameter.stride())
-    return part.view(parameter.shape)
+    return part.view(shape) if strides is None else part.as_strided(shape, strides)
 
 
 def _memory_shape(parameter: Tensor) -> tuple[int, ...]:
-    """Return the shape in which a piece of the flat vector is row-major: sizes in the order of ``_like``'s strides.
+    """Return the shape in which a piece of the flat vector is row-major: sizes in the order of ``_view``'s strides.
 
     Channels-last weights (O, I, H, W) give (O, H, W, I). Dimensions of one element, whose strides mean
     nothing, keep their place only where the parameter is contiguous.

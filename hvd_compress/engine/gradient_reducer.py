@@ -169,6 +169,7 @@ class GradientReducer(Reducer):
             if parameter.grad is not None and parameter.grad.is_sparse:
                 result = result.to_sparse(1)
             if parameter.grad is not result:
+                state.bucket.require_unconverted(parameter, state.bucket.layout.names[index])
                 parameter.grad = result
             self._left[parameter] = result
 

@@ -8,7 +8,7 @@ import horovod.torch as hvd
 import torch
 from torch import nn
 
-from hvd_compress import DEF, LIEC, DistEF
+from hvd_compress import DEF, LIEC, Dense, DistEF
 from tests.multirank.support.algorithm_cases import BLOCK, EXACT, LOSSY
 from tests.multirank.support.assertions import close, raises, same_everywhere
 from tests.multirank.support.cases import cases
@@ -99,6 +99,31 @@ def check_channels_last_and_odd_shapes(compression: Any) -> None:
 
 
 @cases(EXACT, LOSSY)
+def check_a_model_may_take_another_memory_format(compression: Any) -> None:
+    """Between steps, and evaluated at once: the elements of all flat vectors keep their order."""
+    points: list[list[torch.Tensor]] = [[], []]
+    for changes, points_of_run in enumerate(points):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 4, 2), nn.Tanh(), nn.Conv2d(4, 2, 2)).double()
+        optimizer = wrap(model, torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9), compression)
+        for t in range(9):
+            if changes and t % 3 == 2:
+                other = torch.channels_last if t != 5 else torch.contiguous_format
+                model.to(memory_format=other)  # type: ignore[call-overload]
+            with optimizer.consensus():
+                points_of_run.append(flat(model))
+            torch.manual_seed(100 * t + hvd.rank())
+            optimizer.zero_grad()
+            model(torch.randn(4, 3, 5, 5, dtype=torch.float64)).square().mean().backward()
+            optimizer.step()
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        optimizer.flush()
+        points_of_run.append(flat(model))
+    for t, (plain, changed) in enumerate(zip(*points)):
+        close(changed, plain, 1e-9, f"step {t} with {compression}")
+
+
+@cases(EXACT, LOSSY)
 def check_an_optimizer_may_give_parameters_new_memory(compression: Any) -> None:
     results = []
     for build in (lambda m: sgd(m), lambda m: Rebinding(m.parameters())):
@@ -119,7 +144,7 @@ def check_parameters_that_share_memory_are_refused(compression: Any) -> None:
     raises(ValueError, "'0.weight'", "'1.weight'", "share memory", call=optimizer.step)
 
 
-@cases(DEF(BLOCK), DistEF())
+@cases(Dense(), DEF(BLOCK), DistEF(), LIEC())
 def check_a_model_converted_in_the_middle_is_refused(compression: Any) -> None:
     model = network()
     optimizer = wrap(model, sgd(model), compression)
