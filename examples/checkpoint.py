@@ -30,6 +30,11 @@ def rank_file(directory: Path, epoch: int, rank: int) -> Path:
     return directory / f"checkpoint.epoch{epoch}.rank{rank}.pt"
 
 
+def _read(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return content
+
+
 def snapshot(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Return a copy of the current parameters and buffers, on the CPU."""
     return {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
@@ -65,7 +70,7 @@ def load_model(directory: Path, model: torch.nn.Module) -> tuple[int, int, list[
     found: tuple[int, int, list[dict[str, Any]]] = (0, hvd.size(), [])
     path = directory / "checkpoint.pt"
     if hvd.rank() == 0 and path.exists():
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = _read(path)
         model.load_state_dict(content["model"])
         found = (content["epoch"], content["ranks"], content["history"])
     result: tuple[int, int, list[dict[str, Any]]] = hvd.broadcast_object(found, name="checkpoint.model")
@@ -82,20 +87,18 @@ def load_optimizer(
 ) -> None:
     """Load this rank's own momentum and residual. Call it AFTER the broadcasts, which would overwrite them by rank 0's.
 
+    With another number of ranks than saved them, what all of those had not sent is shared out over the present ones.
     The schedule continues at the epoch, because with other ranks or batches an epoch has another number of steps.
     """
-    same = ranks == hvd.size()
-    path = rank_file(directory, epoch, hvd.rank() if same else 0)
-    mine = torch.load(path, map_location="cpu", weights_only=True)
+    files = [rank_file(directory, epoch, rank) for rank in range(ranks)]
+    mine = _read(files[hvd.rank() if ranks == hvd.size() else 0])
     scheduler.load_state_dict(mine["scheduler"])
-    if same:
-        optimizer.load_state_dict(mine["optimizer"])
-    elif hvd.rank() == 0:
-        print(
-            f"the checkpoint is of {ranks} ranks, this run has {hvd.size()}: the model and the learning "
-            "rate are kept, momentum and residuals start anew",
-            flush=True,
-        )
+    if ranks != hvd.size() and "hvd_compress" in mine["optimizer"]:
+        from hvd_compress import merge_states
+
+        optimizer.load_state_dict(merge_states(_read(file)["optimizer"] for file in files))
+    else:
+        optimizer.load_state_dict(mine["optimizer"])  # Horovod's own has the same state on all ranks
     scheduler.last_epoch = epoch * steps_per_epoch  # the scheduler counts steps
     for group, base, factor in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas):
         group["lr"] = base * factor(scheduler.last_epoch)
