@@ -1,10 +1,12 @@
 """Real Horovod jobs from pytest: launch N ranks, run every check of a job file, report per check, case and rank.
 
 A job file in ``jobs/*/`` has functions named ``check_*`` and, if it needs other numbers of ranks than the default, a
-tuple ``RANKS`` (``FULL_RANKS``: in ``make test-full`` only; ``MPI_RANKS``: there, by mpirun). ``PROCESS_SETS = True``
-lets it make process sets; Horovod's readiness for them slows down every collective by a quarter. All checks of a file
-run in one job, in order; each rank notes how each case of them ended, so one launch serves many tests. Starting ranks
-takes longer than most quick jobs, so those of one folder, with as many ranks, share a launch.
+tuple ``RANKS`` (``FULL_RANKS``: in ``make test-full`` only; ``MPI_RANKS``: there, by mpirun). The full run has all
+cases at ``RANKS``, at three ranks and by mpirun; at others of ``FULL_RANKS`` it has those of the quick run, as all of
+them would take hours more. ``PROCESS_SETS = True`` lets a file make process sets; Horovod's readiness for them slows
+down every collective by a quarter. All checks of a file run in one job, in order; each rank notes how each case of them
+ended, so one launch serves many tests. Starting ranks takes longer than most quick jobs, so those of one folder, with
+as many ranks, share a launch.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from tests.multirank.support.cases import FULL, Job, calls
 ROOT = Path(__file__).parents[3]  # a checkout tests itself, whatever is installed
 JOBS = Path(__file__).parents[1] / "jobs"
 DEFAULT_RANKS = (2, 3, 4)
+ALL_CASES_AT = 3  # of FULL_RANKS: the fewest ranks at which what works for two ranks only fails
 TIMEOUT = 600.0
 _SELECTED: list[Job] = []
 _SHOWN: set[tuple[Job, ...]] = set()
@@ -130,7 +133,7 @@ def run_jobs(jobs: tuple[Job, ...]) -> Outcome:
     """Launch jobs that share a launch, once; later calls return the same outcome."""
     first = jobs[0]
     argv = [sys.executable, "-m", "tests.multirank.support.rank", *(job.file for job in jobs)]
-    env = {"HVD_COMPRESS_FULL": "1"} if first.full else {}
+    env = {"HVD_COMPRESS_FULL": "1" if first.full else "0"}
     if first.makes_process_sets:
         env["HOROVOD_DYNAMIC_PROCESS_SETS"] = "1"
     # Full jobs do more, with up to four ranks a core.
@@ -156,7 +159,7 @@ def jobs_of(file: str) -> list[tuple[Job, bool]]:
     """Return the jobs that a file asks for, each with True if it is part of the full run only."""
     module = Job(file, 1, "gloo", FULL).module()
     jobs = [(Job(file, n, "gloo", FULL), False) for n in getattr(module, "RANKS", DEFAULT_RANKS)]
-    jobs += [(Job(file, n, "gloo", True), True) for n in getattr(module, "FULL_RANKS", ())]
+    jobs += [(Job(file, n, "gloo", n == ALL_CASES_AT), True) for n in getattr(module, "FULL_RANKS", ())]
     jobs += [(Job(file, n, "mpi", True), True) for n in getattr(module, "MPI_RANKS", ())]
     return jobs
 
