@@ -173,6 +173,20 @@ class Communicator:
         self.allreduce_async(tensor, name, op).wait()
         return tensor
 
+    def mean(self, tensor: Tensor, name: str, present: int) -> Tensor:
+        """Return the mean over ranks (new; float32 or float64), which is ``tensor`` itself where all have the same.
+
+        The sum of three equal numbers, divided by three, need not be that number. In float64 it is a float32 after
+        rounding; of float64 numbers the distance from the first mean is averaged, too, and added.
+
+        Args:
+            present: number of ranks that have not joined; the others count as zeros.
+        """
+        mean = self.allreduce(tensor.to(torch.float64, copy=True), name, Sum).div_(present)
+        if tensor.dtype == torch.float64:
+            mean += self.allreduce(tensor - mean, f"{name}.rest", Sum).div_(present)
+        return mean.to(tensor.dtype)
+
     def any_rank(self, flag: bool) -> bool:
         """Return whether ``flag`` is True on any rank (blocking; one number)."""
         return bool(self.allreduce(torch.tensor([int(flag)], dtype=torch.int32, device="cpu"), "any", Sum).item())

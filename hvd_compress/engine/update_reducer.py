@@ -12,7 +12,7 @@ from torch.nn import Parameter
 
 from hvd_compress.algorithms.update_state import UpdateState
 from hvd_compress.bucket import FlatBuffer
-from hvd_compress.comm.communicator import Average, Communicator, Reduction, Sum
+from hvd_compress.comm.communicator import Average, Communicator, Reduction
 from hvd_compress.engine import local_gradients
 from hvd_compress.engine.agreement import Options
 from hvd_compress.engine.learning_rate import learning_rate
@@ -165,9 +165,7 @@ class UpdateReducer(Reducer):
 
     def mean_parameters(self, state: UpdateState, present: int) -> Tensor:
         """Return the mean over ranks of a bucket's parameters as they are, flat (collective)."""
-        total = state.bucket.copy_of_params()
-        self.comm.allreduce(total, f"{state.bucket.name}.parameters", Sum)
-        return total.div_(present)
+        return self.comm.mean(state.bucket.copy_of_params(), f"{state.bucket.name}.parameters", present)
 
     def reset_to_model(self) -> None:
         """Forget everything but the model, which is what a script has written into parameters, else the shared one."""

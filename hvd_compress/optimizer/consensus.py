@@ -153,9 +153,8 @@ class Consensus:
         self._require_idle("adopt_parameters()")
         self._sync_buckets("adopt_parameters()")
         for state in reducer.states:
-            # In float64 the mean of equal numbers is that number.
-            mean = reducer.comm.allreduce(state.bucket.copy_of_params().double(), f"{state.bucket.name}.adopted")
-            state.reset_to(mean.to(state.bucket.state_dtype))
+            parameters = state.bucket.copy_of_params()
+            state.reset_to(reducer.comm.mean(parameters, f"{state.bucket.name}.adopted", reducer.comm.size))
         reducer.local_steps_done = 0
         reducer.trainer.apart = False
         reducer.record_parameters()

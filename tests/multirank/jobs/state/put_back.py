@@ -17,8 +17,8 @@ from tests.multirank.support.cases import cases, more_in_full, several_ranks
 from tests.multirank.support.networks import flat
 from tests.multirank.support.training import make, shared_model, take_step, train, virtual_iterate, wrap
 
-RANKS = (2,)
-FULL_RANKS = (1, 3)
+RANKS = (3,)
+FULL_RANKS = (1, 2)
 UPDATES = (DEF(BLOCK), DEF(BLOCK, 0.0), DistEF(), GlobalSketch(CountSketch(density=0.5, rows=3)))
 
 
