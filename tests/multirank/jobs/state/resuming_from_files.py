@@ -12,7 +12,7 @@ from torch import nn
 from hvd_compress import DEF, EF, LIEC, Dense, TopK, checkpoint
 from tests.multirank.support.algorithm_cases import BLOCK, EXACT, LOSSY_WITH_OPTIONS
 from tests.multirank.support.assertions import raises, same_everywhere
-from tests.multirank.support.cases import cases, more_in_full, requires
+from tests.multirank.support.cases import cases, more_in_full, scales_on_cpu
 from tests.multirank.support.checkpoints import shared_directory, unchanged
 from tests.multirank.support.internals import residuals
 from tests.multirank.support.networks import device_type, flat
@@ -21,7 +21,6 @@ from tests.multirank.support.training import harmonic_rate, make, train, wrap
 RANKS = (3,)
 FULL_RANKS = (1, 2, 4)
 MPI_RANKS = (2,)
-scales_on_cpu = requires(hasattr(torch.amp, "GradScaler"))  # torch >= 2.3
 
 
 def files_of(path: Path) -> list[str]:
