@@ -26,7 +26,14 @@ class Score(NamedTuple):
 def choose_device() -> torch.device:
     """Select this rank's GPU, with TF32, or this rank's share of the CPU cores."""
     if torch.cuda.is_available():
-        torch.cuda.set_device(hvd.local_rank())
+        gpus = torch.cuda.device_count()
+        if gpus > 1 and hvd.local_size() > gpus:
+            raise RuntimeError(
+                f"rank {hvd.rank()}: this node has {gpus} GPUs for {hvd.local_size()} ranks; start at most {gpus} "
+                "ranks on it, or set CUDA_VISIBLE_DEVICES= to train on its CPU"
+            )
+        # A rank that sees one GPU has been given that one by the batch system.
+        torch.cuda.set_device(hvd.local_rank() if gpus > 1 else 0)
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = True
         return torch.device("cuda")

@@ -66,6 +66,28 @@ def one_rank(**more: Any) -> SimpleNamespace:
     )
 
 
+@pytest.mark.parametrize(("gpus", "ranks", "chosen"), [(1, 2, 0), (2, 2, 1), (4, 2, 1)])
+def test_a_rank_takes_its_gpu(monkeypatch: pytest.MonkeyPatch, gpus: int, ranks: int, chosen: int) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr(common, "hvd", SimpleNamespace(rank=lambda: 5, local_rank=lambda: 1, local_size=lambda: ranks))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    precision = torch.get_float32_matmul_precision()
+    try:
+        assert common.choose_device() == torch.device("cuda") and taken == [chosen]
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(common, "hvd", SimpleNamespace(rank=lambda: 5, local_rank=lambda: 1, local_size=lambda: 3))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(RuntimeError, match="rank 5: this node has 2 GPUs for 3 ranks"):
+        common.choose_device()
+
+
 def test_fashion_mnist_is_read_from_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     for name in data.FASHION_MD5:

@@ -70,7 +70,7 @@ def check_two_losses_that_share_parameters(compression: Any) -> None:
     """Each optimizer has the trunk and a head of its own, and both step at every batch."""
     trunk = nn.Linear(5, 4).double()
     heads = [nn.Linear(4, 2).double() for _ in range(2)]
-    hvd.broadcast_parameters(dict(nn.ModuleList([trunk, *heads]).named_parameters()), root_rank=0)
+    hvd.broadcast_parameters(nn.ModuleList([trunk, *heads]).state_dict(), root_rank=0)
     both = [wrap(nn.Sequential(trunk, head), sgd(nn.Sequential(trunk, head)), compression) for head in heads]
     expected = flat(trunk)
     for t in range(6):
