@@ -125,8 +125,9 @@ fi
 stamp=$VENV/.installed-$EXTRAS
 # The compiled loops lie beside their sources, where cleaning removes them; without them everything works, only slower.
 loops=$root/hvd_compress/native/_kernels$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
-if [ ! -e "$loops" ] && "${CC:-cc}" --version >/dev/null 2>&1; then rm -f "$stamp"; fi
-if [ ! -e "$stamp" ] || [ -n "$(find "$root/setup.py" "$root"/hvd_compress/native/*.[ch] -newer "$stamp")" ]; then
+can_compile() { "${CC:-cc}" --version >/dev/null 2>&1; }
+if [ ! -e "$stamp" ] || [ -n "$(find "$root/setup.py" "$root"/hvd_compress/native/*.[ch] -newer "$stamp")" ] \
+  || { [ ! -e "$loops" ] && can_compile; }; then
   say "installing hvd_compress (editable) with extras: $EXTRAS"
   step "pip could not install the package" pip install --no-build-isolation -e "$root[$EXTRAS]"
   touch "$stamp"
